@@ -1,0 +1,1 @@
+"""Backbones of the benchmarks, as Flax modules with `features` and `head`."""

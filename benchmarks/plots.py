@@ -1,0 +1,106 @@
+"""Figures. Knows numbers and names, nothing of how they came about.
+
+Lines differ by dash as well as by color, so that prints in grey can be read.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+
+# Okabe-Ito colors and one dash pattern each.
+LINES: tuple[dict[str, Any], ...] = (
+    {"color": "black", "linestyle": "-"},
+    {"color": "#D55E00", "linestyle": "--"},
+    {"color": "#0072B2", "linestyle": "-."},
+    {"color": "#009E73", "linestyle": ":"},
+    {"color": "#CC79A7", "linestyle": (0, (6, 1, 1, 1, 1, 1))},
+)
+
+STYLE: Any = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.dpi": 150,
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+def learning_curves(
+    panels: Mapping[str, Mapping[str, tuple[list[int], np.ndarray]]], *, path: Path, baseline: str
+) -> None:
+    """Validation error against steps, one panel per optimizer.
+
+    Args:
+      panels: optimizer -> head -> (steps, errors of shape (seeds, steps)). Lines are means over
+        seeds, shades span them.
+      path: the .png to write.
+      baseline: the head whose final error is marked by a thin line.
+    """
+    with mpl.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            1, len(panels), figsize=(10.5, 3.8), sharey=True, squeeze=False, layout="constrained"
+        )
+        labels = dict.fromkeys(label for curves in panels.values() for label in curves)
+        styles = dict(zip(labels, LINES, strict=False))
+        legend = {}
+        for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
+            for label, (steps, errors) in curves.items():
+                mean, line = errors.mean(axis=0), styles[label]
+                (legend[label],) = axes.plot(steps, mean, **line)
+                if len(errors) > 1:
+                    low, high = errors.min(axis=0), errors.max(axis=0)
+                    axes.fill_between(steps, low, high, color=line["color"], alpha=0.15, lw=0)
+                if label == baseline:
+                    legend[f"{label}, final"] = axes.axhline(mean[-1], color="0.5", lw=0.8)
+            axes.set(title=title, xlabel="training steps", yscale="log")
+            axes.set_xlim(left=0)
+        grid[0, 0].set_ylabel("validation MSE (units of u²)")
+        figure.legend(
+            legend.values(), legend.keys(), loc="outside upper center", ncols=3, title="head"
+        )
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def prediction(
+    x: np.ndarray,
+    *,
+    initial: np.ndarray,
+    truth: np.ndarray,
+    predictions: Mapping[str, np.ndarray],
+    path: Path,
+    title: str,
+) -> None:
+    """One solution and its predictions, and below them the errors.
+
+    Args:
+      x: grid in radians.
+      initial: the state at t = 0, on the grid.
+      truth: the state at t = 1.
+      predictions: name -> prediction of the truth.
+      path: the .png to write.
+      title: above the figure.
+    """
+    with mpl.rc_context(STYLE):
+        figure, (above, below) = plt.subplots(
+            2, 1, figsize=(8, 5.5), sharex=True, height_ratios=(3, 2), layout="constrained"
+        )
+        above.plot(x, initial, color="0.6", linewidth=1, label="initial state, t = 0")
+        above.plot(x, truth, color="0.8", linewidth=6, label="solution, t = 1")
+        for line, (name, values) in zip(LINES, predictions.items(), strict=False):
+            rms = np.sqrt(np.mean(np.square(values - truth)))
+            above.plot(x, values, label=name, **line)
+            below.plot(x, values - truth, label=f"{name}, RMS {rms:.1e}", **line)
+        above.set(title=title, ylabel="u")
+        above.legend()
+        below.set(xlabel="x (radians)", ylabel="error of u at t = 1", xlim=(x[0], x[-1]))
+        below.legend(ncols=len(predictions))
+        figure.savefig(path)
+        plt.close(figure)

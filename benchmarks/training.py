@@ -1,0 +1,112 @@
+"""The training loop and the evaluation that all experiments share.
+
+Knows arrays and step functions, neither models nor cfll. The loop is a Python loop around a jitted
+step on purpose: on CPU, XLA runs several kinds of layers much slower inside `lax.scan`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+class Curve(NamedTuple):
+    """What a run leaves behind besides its state.
+
+    Attributes:
+      steps: after how many steps the error was measured.
+      errors: the measured errors; `math.inf` from divergence on.
+      seconds_per_step: median over the run, compilation excluded.
+    """
+
+    steps: list[int]
+    errors: list[float]
+    seconds_per_step: float
+
+
+def batches(
+    inputs: np.ndarray, targets: np.ndarray, *, batch_size: int, epochs: int, seed: int
+) -> Iterator[Batch]:
+    """Shuffled batches of equal size; the remainder of an epoch is left out."""
+    rng = np.random.default_rng(seed)
+    for _ in range(epochs):
+        order = rng.permutation(len(inputs))
+        for start in range(0, len(inputs) - batch_size + 1, batch_size):
+            chosen = order[start : start + batch_size]
+            yield inputs[chosen], targets[chosen]
+
+
+def train(
+    step: Callable[[Any, np.ndarray, np.ndarray], tuple[Any, jax.Array]],
+    state: Any,
+    data: Iterator[Batch],
+    *,
+    error: Callable[[Any], float],
+    measure_at: set[int],
+    on_step: Callable[[float], None] = lambda loss: None,
+) -> tuple[Any, Curve]:
+    """Train until the data end or the loss is not finite.
+
+    Args:
+      step: (state, inputs, targets) -> (state, loss), jitted.
+      state: what the step carries; only `step` and `error` look inside.
+      data: the batches.
+      error: measures a state; called after the steps in `measure_at`.
+      measure_at: numbers of steps.
+      on_step: told the loss after every step.
+
+    Returns:
+      The last state and the curve. A run that diverged has infinite errors from there on.
+    """
+    errors = dict.fromkeys(sorted(measure_at), math.inf)
+    seconds = []
+    for count, (inputs, targets) in enumerate(data, start=1):
+        start = time.perf_counter()
+        state, device_loss = step(state, inputs, targets)
+        loss = float(device_loss)  # waits for the step: dispatch is asynchronous
+        seconds.append(time.perf_counter() - start)
+        on_step(loss)
+        if not math.isfinite(loss):
+            break
+        if count in measure_at:
+            measured = error(state)
+            errors[count] = measured if math.isfinite(measured) else math.inf
+    # The first step compiles; the second may once more, for arrays that are now on the device.
+    return state, Curve(list(errors), list(errors.values()), float(np.median(seconds[2:])))
+
+
+def evaluator(
+    apply: Callable[[Any, jax.Array], jax.Array], rows_at_once: int = 2**14
+) -> Callable[[Any, np.ndarray, np.ndarray], float]:
+    """A function that measures the mean squared error in pieces that fit into the cache.
+
+    Args:
+      apply: (params, inputs) -> predictions of the targets' shape.
+      rows_at_once: (sample, grid point) pairs per piece.
+
+    Returns:
+      (params, inputs, targets) -> mean over all elements of the targets.
+    """
+
+    @jax.jit
+    def sum_of_squares(params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(apply(params, inputs) - targets))
+
+    def mean_squared_error(params: Any, inputs: np.ndarray, targets: np.ndarray) -> float:
+        size = max(1, rows_at_once // math.prod(targets.shape[1:-1]))
+        starts = range(0, len(inputs), size)
+        sums = [sum_of_squares(params, inputs[i : i + size], targets[i : i + size]) for i in starts]
+        return float(np.sum([float(s) for s in sums])) / targets.size
+
+    return mean_squared_error
+
+
+def first_at_or_below(steps: Iterable[int], errors: Iterable[float], level: float) -> int | None:
+    """After how many steps a curve is first at or below a level; None if never."""
+    return next((s for s, e in zip(steps, errors, strict=True) if e <= level), None)

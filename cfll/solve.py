@@ -1,0 +1,784 @@
+r"""ridge_solve, prox_solve: regularized least squares on arrays; knows no optimizer.
+
+Everything here is one problem. With weights :math:`w_i` (one if absent), an anchor
+:math:`(W_t, b_t)` (zero for ridge) and residuals :math:`r_i = y_i - W_t^\top \phi_i - b_t`, the
+*correction* :math:`(D, \delta)` minimizes
+
+.. math::
+    \sum_i w_i \|r_i - D^\top \phi_i - \delta\|^2 + \mathrm{tr}(D^\top \Lambda D) + \mu \|\delta\|^2
+
+and the head is anchor plus correction: Eq. (13) of the paper, better conditioned. With
+:math:`\tilde\phi = (\phi, 1)`, the normal equations are :math:`A x = \tilde\Phi^\top S r` with
+:math:`A = \tilde\Phi^\top S \tilde\Phi + \mathrm{diag}(\Lambda, \mu)` and :math:`S = \mathrm{diag}
+(w)`. Four routes lead to the solution:
+
+``primal``
+    Cholesky of :math:`A`, of size d + 1. The ones column of :math:`\tilde\Phi` is never built: the
+    Gram matrix is bordered with the sums of the features.
+``dual``
+    Cholesky of :math:`C = I + S^{1/2} \Phi \Lambda^{-1} \Phi^\top S^{1/2}`, of size n, and
+    :math:`D = \Lambda^{-1} \Phi^\top S^{1/2} \alpha` with :math:`C \alpha = S^{1/2} (r - \delta)`.
+    The bias is eliminated: it costs one more right-hand side.
+``qr``
+    QR of the stacked matrix :math:`(S^{1/2} \tilde\Phi; \mathrm{diag}(\Lambda, \mu)^{1/2})`, whose
+    condition number is the square root of that of :math:`A`, and the singular values of R.
+``auto``
+    primal or dual by shape, which is known while tracing, guarded by the pivots of the factor.
+
+Guard. Scale a matrix to unit diagonal: :math:`\hat A_{jk} = A_{jk} / \sqrt{A_{jj} A_{kk}}`. The
+relative pivot :math:`L_{jj}^2 / A_{jj}` of its Cholesky factor is the part of column j that the
+columns before it do not explain, an upper bound of the smallest eigenvalue; the Frobenius norm is
+one of the largest. Their ratio ``rcond`` estimates the reciprocal condition number, whatever the
+scale of each feature, at a cost of d^2. By its size, Cholesky's answer is taken as it is, or after
+one or three steps of iterative refinement with residuals from the data, or (``auto`` only) thrown
+away for the ``qr`` route. `_LEVELS` has the numbers.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cfll import _checks
+from cfll.heads import LinearHead, widest_dtype
+
+# Codes in SolveInfo.route. "given": the caller solved; "eigh": from sums, see stats.py.
+ROUTES = ("primal", "dual", "qr", "eigh", "given")
+
+# rcond, in multiples of the machine epsilon, below which (0) one step of refinement, (1) three,
+# (2) QR. In float32: 5e-3, 1.2e-4, 1.2e-5. A step multiplies the error by about eps / rcond.
+_LEVELS = (4e4, 1e3, 1e2)
+_STEPS = (0, 1, 3)
+SINGULAR = _LEVELS[-1]
+# What the qr route takes for rounding, in multiples of the machine epsilon.
+_NOISE = 32
+
+_HIGHEST = jax.lax.Precision.HIGHEST  # GPUs multiply float32 in TF32 by default, TPUs in bfloat16
+dot = partial(jnp.matmul, precision=_HIGHEST)
+
+
+class SolveInfo(NamedTuple):
+    """How a head was solved.
+
+    Attributes:
+      route: int32 scalar, index into `cfll.solve.ROUTES`.
+      rcond: float32 scalar, estimate of the reciprocal condition number of the penalized system
+        scaled to unit diagonal; below 1e-5 it is singular to float32. NaN if Cholesky failed.
+    """
+
+    route: jax.Array
+    rcond: jax.Array
+
+
+def ridge_solve(
+    features: jax.Array,
+    targets: jax.Array,
+    beta: jax.typing.ArrayLike,
+    *,
+    use_bias: bool = True,
+    penalize_bias: bool = True,
+    sample_weight: jax.Array | None = None,
+    solver: str = "auto",
+) -> LinearHead:
+    r"""The ridge head of a batch.
+
+    .. math::
+        W^\star = \arg\min_{W, b} \sum_i w_i \|y_i - W^\top \phi_i - b\|^2
+        + \beta \|W\|_F^2 + \beta \|b\|^2
+
+    which is Eq. (2) with the bias as one more weight. ``beta`` multiplies a *sum* over samples.
+
+    Args:
+      features: (..., d), any float dtype; all leading axes are samples. bfloat16 and float16 are
+        accumulated and solved in float32, float64 stays float64.
+      targets: (..., o), floats, the same leading axes. One-hot for classification.
+      beta: the penalty, in units of features squared times samples: a scalar, (d,) per feature, or
+        a symmetric positive semi-definite (d, d). The bias takes the mean of its diagonal.
+      use_bias: fit an intercept.
+      penalize_bias: whether the intercept is penalized as the paper does; ``False`` leaves it free,
+        as scikit-learn does.
+      sample_weight: weights of the samples, shape of the leading axes or of the first of them. A
+        row of weight zero is a row that is not there, even if it holds NaN.
+      solver: "auto", "primal", "dual" or "qr"; see the module's docstring. Only "auto" guards
+        against singular systems; the others answer NaN where they fail.
+
+    Returns:
+      The head, float32 or float64. Data-dependent trouble (NaN in, negative traced penalty) is NaN.
+
+    Raises:
+      ValueError, TypeError: while tracing, for shapes, dtypes and concrete values that do not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> features = jnp.array([[0.0], [1.0], [2.0]])
+      >>> head = ridge_solve(features, 3 * features + 1, beta=1e-6)
+      >>> print(head(jnp.array([10.0])).round(2))
+      [31.]
+
+    References:
+      Closed-Form Last Layer Optimization, Eq. (2) and (11).
+    """
+    features, targets = jnp.asarray(features), jnp.asarray(targets)
+    _checks.check_batch(features, targets)
+    return penalized_solve(
+        features,
+        targets,
+        LinearHead.zeros(features.shape[-1], targets.shape[-1], use_bias),
+        beta,
+        penalize_bias=penalize_bias,
+        sample_weight=sample_weight,
+        solver=solver,
+        name="beta",
+    )[0]
+
+
+def prox_solve(
+    features: jax.Array,
+    targets: jax.Array,
+    anchor: LinearHead,
+    lam: jax.typing.ArrayLike,
+    *,
+    penalize_bias: bool = True,
+    sample_weight: jax.Array | None = None,
+    solver: str = "auto",
+) -> LinearHead:
+    r"""The proximal head of a batch: the best head near the previous one.
+
+    .. math::
+        W^\star = \arg\min_W \sum_i w_i \|y_i - W^\top \phi_i\|^2 + \lambda \|W - W_t\|_F^2
+        = W_t + (\Phi^\top \Phi + \lambda I)^{-1} \Phi^\top (Y - \Phi W_t)
+
+    which is Eq. (13), solved for the correction. ``lam`` multiplies a *sum* over samples. A bias
+    is fitted if and only if ``anchor`` has one.
+
+    Args:
+      features: (..., d), as in `ridge_solve`.
+      targets: (..., o), as in `ridge_solve`.
+      anchor: the head to stay near, kernel (d, o).
+      lam: the proximal coefficient, in units of features squared times samples: a scalar, (d,)
+        per feature, or a symmetric positive semi-definite (d, d). The bias takes the mean of its
+        diagonal.
+      penalize_bias: whether the bias is kept near the anchor's; ``False`` refits it freely.
+      sample_weight: as in `ridge_solve`.
+      solver: as in `ridge_solve`.
+
+    Returns:
+      The head, float32 or float64.
+
+    Raises:
+      ValueError, TypeError: while tracing, as in `ridge_solve`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> features, targets = jnp.eye(2), jnp.array([[1.0], [3.0]])
+      >>> anchor = LinearHead(jnp.array([[1.0], [1.0]]))
+      >>> print(prox_solve(features, targets, anchor, lam=1.0).kernel.round(3))
+      [[1.]
+       [2.]]
+
+    References:
+      Closed-Form Last Layer Optimization, Eq. (12) and (13); as a Kalman filter, Appendix A.
+    """
+    return penalized_solve(
+        features,
+        targets,
+        anchor,
+        lam,
+        penalize_bias=penalize_bias,
+        sample_weight=sample_weight,
+        solver=solver,
+    )[0]
+
+
+def penalized_solve(
+    features: jax.Array,
+    targets: jax.Array,
+    anchor: LinearHead,
+    penalty: jax.typing.ArrayLike,
+    *,
+    penalize_bias: bool = True,
+    sample_weight: jax.Array | None = None,
+    solver: str = "auto",
+    name: str = "lam",
+) -> tuple[LinearHead, SolveInfo]:
+    """`prox_solve` with its diagnostics: what a rule calls.
+
+    Args:
+      features: (..., d), as in `ridge_solve`.
+      targets: (..., o), as in `ridge_solve`.
+      anchor: the head to stay near; zero for ridge.
+      penalty: scalar, (d,) or (d, d), multiplying a sum over samples.
+      penalize_bias: as in `prox_solve`.
+      sample_weight: as in `ridge_solve`.
+      solver: as in `ridge_solve`.
+      name: what the caller calls the penalty, for messages.
+
+    Returns:
+      The head and the `SolveInfo`: the route taken and the condition estimate.
+
+    Raises:
+      ValueError, TypeError: while tracing, as in `ridge_solve`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> twins = jnp.ones((8, 2))  # two equal features and next to no penalty: singular
+      >>> head, info = penalized_solve(twins, twins[:, :1], LinearHead.zeros(2, 1, False), 1e-9)
+      >>> print(ROUTES[info.route], head.kernel.round(3).ravel())
+      qr [0.5 0.5]
+    """
+    _checks.check_solver(solver)
+    features, targets = jnp.asarray(features), jnp.asarray(targets)
+    _checks.check_batch(features, targets)
+    samples, d, o = features.shape[:-1], features.shape[-1], targets.shape[-1]
+    _checks.check_anchor(anchor, d, o)
+
+    dtype = widest_dtype(features, targets, anchor.kernel)
+    features = features.astype(dtype).reshape(-1, d)
+    targets = targets.astype(dtype).reshape(-1, o)
+    anchor = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), anchor)
+    rows = features.shape[0]
+
+    weights = None
+    if sample_weight is not None:
+        _checks.check_weights(sample_weight, samples)
+        weights = expand_weights(jnp.asarray(sample_weight, dtype), samples)
+        features, targets = drop_absent(features, weights), drop_absent(targets, weights)
+
+    has_bias = anchor.bias is not None
+    _checks.check_penalty(name, penalty, d, rows, has_bias and not penalize_bias)
+    penalty = nan_where_negative(jnp.asarray(penalty, dtype))
+    bias_penalty = bias_share(penalty, has_bias, penalize_bias)
+
+    system = _System(features, weights, penalty, bias_penalty)
+    if solver == "auto":
+        # A matrix penalty would need a factor of its own in the dual, and n = 0 has no dual at all.
+        small = 0 < rows < d and penalty.ndim < 2
+        route, guarded = ("dual" if small else "primal"), True
+    else:
+        route, guarded = ("primal" if rows == 0 and solver == "dual" else solver), False
+    run = _in_auto_mode(partial(_correct, route, guarded), anchor, features)
+    return run(system, targets, anchor)
+
+
+def _correct(
+    route: str, guarded: bool, system: "_System", targets: jax.Array, anchor: LinearHead
+) -> tuple[LinearHead, SolveInfo]:
+    factor = _factorize(route, guarded, jax.lax.stop_gradient(system))
+    correction = _solve(route, guarded, factor, system, targets - anchor(system.features))
+    head = jax.tree.map(jnp.add, anchor, correction)
+    code = jnp.where(factor.level == len(_STEPS), ROUTES.index("qr"), ROUTES.index(route)).astype(
+        jnp.int32
+    )
+    return head, SolveInfo(route=code, rcond=factor.rcond.astype(jnp.float32))
+
+
+def _in_auto_mode(
+    run: Callable[..., tuple[LinearHead, SolveInfo]], anchor: LinearHead, features: jax.Array
+) -> Callable[..., tuple[LinearHead, SolveInfo]]:
+    """Let XLA shard the solve where the mesh has explicit axes; the head is sharded as the anchor.
+
+    A product over sharded samples is ambiguous to sharding-in-types, and LAPACK has no rule there.
+    """
+    mesh = jax.typeof(features).sharding.mesh
+    if not mesh.explicit_axes:
+        return run
+    replicated = jax.sharding.NamedSharding(mesh, jax.P())
+    shardings = jax.tree.map(
+        lambda leaf: jax.sharding.NamedSharding(mesh, jax.typeof(leaf).sharding.spec), anchor
+    )
+    info: Any = SolveInfo(replicated, replicated)  # type: ignore[arg-type]
+    return jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=(shardings, info))
+
+
+def expand_weights(sample_weight: jax.Array, samples: tuple[int, ...]) -> jax.Array:
+    """Repeat weights of the leading axes over the others.
+
+    Args:
+      sample_weight: shape ``samples[:k]``.
+      samples: the shape of all sample axes.
+
+    Returns:
+      One weight per row, shape (n,); NaN where negative.
+    """
+    shape = sample_weight.shape + (1,) * (len(samples) - sample_weight.ndim)
+    return nan_where_negative(jnp.broadcast_to(sample_weight.reshape(shape), samples).reshape(-1))
+
+
+def drop_absent(rows: jax.Array, weights: jax.Array) -> jax.Array:
+    """Zero what is not finite in rows of weight zero, since 0 * NaN is NaN.
+
+    Finite values stay: the derivative with respect to a weight that is zero needs them.
+
+    Args:
+      rows: (n, k).
+      weights: (n,).
+
+    Returns:
+      The rows, (n, k).
+    """
+    absent = (weights == 0)[:, None] & ~jnp.isfinite(rows)
+    return jnp.where(absent, jnp.zeros((), rows.dtype), rows)
+
+
+def bias_share(penalty: jax.Array, has_bias: bool, penalize_bias: bool) -> jax.Array | None:
+    """The bias's penalty: that of an average feature, which for a scalar is the scalar.
+
+    Args:
+      penalty: scalar, (d,) or (d, d).
+      has_bias: whether there is a bias.
+      penalize_bias: whether it is penalized.
+
+    Returns:
+      A scalar, or None without a bias.
+    """
+    if not has_bias:
+        return None
+    if not penalize_bias:
+        return jnp.zeros((), penalty.dtype)
+    return jnp.mean(jnp.diagonal(penalty) if penalty.ndim == 2 else penalty)
+
+
+# The problem as arrays, and the three products that all routes are made of ------------------------
+
+
+class _System(NamedTuple):
+    features: jax.Array  # (n, d)
+    weights: jax.Array | None  # (n,)
+    penalty: jax.Array  # (), (d,) or (d, d): Lambda
+    bias_penalty: jax.Array | None  # (): mu, None without a bias
+
+
+class _Factor(NamedTuple):
+    matrix: jax.Array  # Cholesky factor, (d + 1, d + 1) primal, (n, n) dual; qr: V, (d + 1, d + 1)
+    extra: Any  # dual: the penalty's Cholesky factor or None; qr: the scaled Q U and Sigma^-2
+    rcond: jax.Array  # (): estimate of the reciprocal condition number
+    level: jax.Array  # (): index into _STEPS, or len(_STEPS) for QR
+
+
+def _weigh(system: _System, rows: jax.Array) -> jax.Array:
+    return rows if system.weights is None else rows * system.weights[:, None]
+
+
+def _adjoint(system: _System, rows: jax.Array) -> LinearHead:
+    """Phi~^T S rows, for rows of shape (n, o)."""
+    weighted = _weigh(system, rows)
+    bias = None if system.bias_penalty is None else jnp.sum(weighted, axis=0)
+    return LinearHead(dot(system.features.T, weighted), bias)
+
+
+def _penalize(system: _System, x: LinearHead) -> LinearHead:
+    """diag(Lambda, mu) x."""
+    if system.penalty.ndim == 2:
+        kernel = dot(system.penalty, x.kernel)
+    else:
+        kernel = _column(system.penalty) * x.kernel
+    bias = None
+    if system.bias_penalty is not None and x.bias is not None:
+        bias = system.bias_penalty * x.bias
+    return LinearHead(kernel, bias)
+
+
+def _column(penalty: jax.Array) -> jax.Array:
+    return penalty if penalty.ndim == 0 else penalty[:, None]
+
+
+# The solve, differentiable without differentiating a factorization --------------------------------
+#
+# x solves  A x = Phi~^T S rho.  Differentiating, with r = rho - Phi~ x,
+#
+#     A dx = g + Phi~^T S (drho - dPhi x),      g = d(Phi~^T S) r - dLambda x:
+#
+# the same matrix, so the same factor. `_tangent_solve` solves it by `jax.lax.custom_linear_solve`,
+# which knows the operator besides the factor: it can be transposed (reverse mode) and
+# differentiated again (higher orders), while the factor itself stays a constant.
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _solve(
+    route: str, guarded: bool, factor: _Factor, system: _System, rho: jax.Array
+) -> LinearHead:
+    if route == "qr":
+        return _qr(factor, system, rho)
+    branches: list[Callable[..., LinearHead]] = [partial(_refined, route, k) for k in _STEPS]
+    if guarded:
+        branches.append(lambda _, system, rho: _qr(_factorize_qr(system), system, rho))
+    return jax.lax.switch(factor.level, branches, factor, system, rho)
+
+
+@_solve.defjvp
+def _solve_jvp(route, guarded, primals, tangents):
+    factor, system, rho = primals
+    _, dsystem, drho = tangents
+    x = _solve(route, guarded, factor, system, rho)
+    residual = rho - x(system.features)
+    _, g = jax.jvp(
+        lambda s: jax.tree.map(jnp.subtract, _adjoint(s, residual), _penalize(s, x)),
+        (system,),
+        (dsystem,),
+    )
+    data_side = drho - dot(dsystem.features, x.kernel)
+    return x, _tangent_solve(route, guarded, factor, system, g, data_side)
+
+
+def _tangent_solve(
+    route: str,
+    guarded: bool,
+    factor: _Factor,
+    system: _System,
+    g: LinearHead,
+    rho: jax.Array,
+) -> LinearHead:
+    """Solve A x = g + Phi~^T S rho, linear in g and rho."""
+
+    def by_qr(factor: _Factor) -> LinearHead:
+        def solve(rhs: LinearHead) -> LinearHead:
+            rows = factor.extra[1][:, None] * dot(factor.matrix.T, stack_head(rhs))
+            return split_head(dot(factor.matrix, rows), rhs.bias is not None)
+
+        return _normal_solve(system, _right_hand_side(system, g, rho), solve)
+
+    def by_cholesky() -> LinearHead:
+        return {"primal": _primal, "dual": _dual}[route](factor, system, g, rho)
+
+    if route == "qr":
+        return by_qr(factor)
+    if not guarded:
+        return by_cholesky()
+    return jax.lax.cond(
+        factor.level == len(_STEPS),
+        lambda: by_qr(_factorize_qr(jax.lax.stop_gradient(system))),
+        by_cholesky,
+    )
+
+
+def _normal_solve(
+    system: _System, rhs: LinearHead, solve: Callable[[LinearHead], LinearHead]
+) -> LinearHead:
+    """Solve A x = rhs by a function that has a factor of A."""
+
+    def matvec(x: LinearHead) -> LinearHead:
+        return jax.tree.map(jnp.add, _adjoint(system, x(system.features)), _penalize(system, x))
+
+    return jax.lax.custom_linear_solve(matvec, rhs, lambda _, b: solve(b), symmetric=True)
+
+
+def _factorize(route: str, guarded: bool, system: _System) -> _Factor:
+    factor = {"primal": _factorize_primal, "dual": _factorize_dual, "qr": _factorize_qr}[route](
+        system
+    )
+    if route == "qr":
+        return factor
+    eps = jnp.finfo(system.features.dtype).eps
+    # Written so that NaN counts as below all of them.
+    below = sum((~(factor.rcond >= level * eps)).astype(jnp.int32) for level in _LEVELS)
+    level = jnp.minimum(below, len(_STEPS) - (0 if guarded else 1))
+    return factor._replace(level=level)
+
+
+def _right_hand_side(system: _System, g: LinearHead | None, rho: jax.Array | None) -> LinearHead:
+    """The right-hand side g + Phi~^T S rho; None stands for zero."""
+    if rho is None:
+        assert g is not None
+        return g
+    rhs = _adjoint(system, rho)
+    return rhs if g is None else jax.tree.map(jnp.add, rhs, g)
+
+
+def _refined(
+    route: str, steps: int, factor: _Factor, system: _System, rho: jax.Array
+) -> LinearHead:
+    """Solve with the factor, and again for what is left of the normal equations.
+
+    Not so for a dual with fewer rows than features: Lambda^{-1} (g - Z^T C^{-1} Z Lambda^{-1} g)
+    cancels where the data outweigh the penalty by 1 / eps. It refines alpha.
+    """
+    rows, d = system.features.shape
+    if route == "dual" and rows < d:
+        return _dual(factor, system, None, rho, steps=steps)
+    solve = {"primal": _primal, "dual": _dual}[route]
+    x = solve(factor, system, None, rho)
+    for _ in range(steps):
+        # The residual from the data, not from the Gram matrix: its rounding is what to undo.
+        left = _right_hand_side(system, None, rho - x(system.features))
+        left = jax.tree.map(jnp.subtract, left, _penalize(system, x))
+        x = jax.tree.map(jnp.add, x, solve(factor, system, left, None))
+    return x
+
+
+# Primal: size d + 1 ------------------------------------------------------------------------------
+
+
+def border(
+    gram: jax.Array, feature_sum: jax.Array, total: jax.Array, penalty: jax.Array, bias_penalty: Any
+) -> jax.Array:
+    """A = ((gram + Lambda, sums), (sums^T, total + mu)), the bordered Gram matrix.
+
+    Args:
+      gram: (d, d).
+      feature_sum: (d,), the weighted sums of the features.
+      total: (), the sum of the weights.
+      penalty: scalar, (d,) or (d, d).
+      bias_penalty: scalar, or None without a bias.
+
+    Returns:
+      (d + 1, d + 1) with a bias, (d, d) without.
+    """
+    d = gram.shape[0]
+    gram = gram + (penalty if penalty.ndim == 2 else jnp.diag(jnp.broadcast_to(penalty, (d,))))
+    if bias_penalty is None:
+        return gram
+    corner = (total + bias_penalty).reshape(1, 1)
+    top = jnp.concatenate([gram, feature_sum[:, None]], axis=1)
+    return jnp.concatenate([top, jnp.concatenate([feature_sum[None, :], corner], axis=1)])
+
+
+def cholesky_with_rcond(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cholesky factor and the condition estimate of the module's docstring.
+
+    Args:
+      matrix: symmetric, (m, m).
+
+    Returns:
+      The lower factor, NaN where it does not exist, and the estimate, then NaN as well.
+    """
+    lower = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+    diagonal = jnp.diagonal(matrix)
+    pivot = jnp.min(jnp.square(jnp.diagonal(lower)) / diagonal)
+    root = jnp.sqrt(diagonal)
+    return lower, pivot / jnp.linalg.norm(matrix / root[:, None] / root[None, :])
+
+
+def _factorize_primal(system: _System) -> _Factor:
+    features = system.features
+    weighted = _weigh(system, features)
+    total = (
+        jnp.full((), features.shape[0], features.dtype)
+        if system.weights is None
+        else jnp.sum(system.weights)
+    )
+    matrix = border(
+        dot(features.T, weighted),
+        jnp.sum(weighted, axis=0),
+        total,
+        system.penalty,
+        system.bias_penalty,
+    )
+    lower, rcond = cholesky_with_rcond(matrix)
+    return _Factor(lower, None, rcond, jnp.zeros((), jnp.int32))
+
+
+def stack_head(x: LinearHead) -> jax.Array:
+    """Kernel over bias, (d + 1, o): the right-hand side of the bordered system.
+
+    Args:
+      x: a head, or a gradient in its shape.
+
+    Returns:
+      (d + 1, o), or (d, o) without a bias.
+    """
+    return x.kernel if x.bias is None else jnp.concatenate([x.kernel, x.bias[None, :]])
+
+
+def split_head(rows: jax.Array, has_bias: bool) -> LinearHead:
+    """The inverse of `stack_head`.
+
+    Args:
+      rows: (d + 1, o), or (d, o) without a bias.
+      has_bias: which of the two.
+
+    Returns:
+      The head.
+    """
+    return LinearHead(rows[:-1], rows[-1]) if has_bias else LinearHead(rows)
+
+
+def cho_solve(lower: jax.Array, rhs: jax.Array) -> jax.Array:
+    """Solve with a Cholesky factor.
+
+    Args:
+      lower: the factor, (m, m).
+      rhs: (m, k).
+
+    Returns:
+      (lower lower^T)^{-1} rhs, (m, k).
+    """
+    half = jax.lax.linalg.triangular_solve(lower, rhs, left_side=True, lower=True)
+    return jax.lax.linalg.triangular_solve(
+        lower, half, left_side=True, lower=True, transpose_a=True
+    )
+
+
+def _primal(
+    factor: _Factor, system: _System, g: LinearHead | None, rho: jax.Array | None
+) -> LinearHead:
+    def solve(rhs: LinearHead) -> LinearHead:
+        return split_head(cho_solve(factor.matrix, stack_head(rhs)), rhs.bias is not None)
+
+    return _normal_solve(system, _right_hand_side(system, g, rho), solve)
+
+
+# Dual: size n ------------------------------------------------------------------------------------
+#
+# With Z = S^{1/2} Phi and s = S^{1/2} 1, put  D = Lambda^{-1} (g + Z^T alpha). Then the normal
+# equations hold if  alpha + Z Lambda^{-1} Z^T alpha + s delta = S^{1/2} rho - Z Lambda^{-1} g  and
+# s^T alpha - mu delta = -g_0: a bordered system with the factor of C in its corner.
+
+
+def _unpenalize(system: _System, extra: Any, rows: jax.Array) -> jax.Array:
+    """Lambda^{-1} rows, for rows of shape (d, k)."""
+    if system.penalty.ndim == 2:
+        return jax.lax.custom_linear_solve(
+            partial(dot, system.penalty), rows, lambda _, b: cho_solve(extra, b), symmetric=True
+        )
+    return rows / _column(system.penalty)
+
+
+def _roots(system: _System) -> tuple[jax.Array, jax.Array]:
+    """Z = S^{1/2} Phi, (n, d), and s = S^{1/2} 1, (n, 1)."""
+    if system.weights is None:
+        return system.features, jnp.ones((system.features.shape[0], 1), system.features.dtype)
+    root = jnp.sqrt(system.weights)[:, None]
+    return system.features * root, root
+
+
+def _factorize_dual(system: _System) -> _Factor:
+    z, s = _roots(system)
+    extra = (
+        jax.lax.linalg.cholesky(system.penalty, symmetrize_input=False)
+        if system.penalty.ndim == 2
+        else None
+    )
+    if system.penalty.ndim == 0:
+        kernel = dot(z, z.T) / system.penalty  # n^2 divisions instead of n d
+    else:
+        kernel = dot(z, _unpenalize(system, extra, z.T))
+    lower, rcond = cholesky_with_rcond(kernel + jnp.eye(z.shape[0], dtype=z.dtype))
+    if system.bias_penalty is not None:
+        half = jax.lax.linalg.triangular_solve(lower, s, left_side=True, lower=True)
+        explained, total = jnp.sum(jnp.square(half)), jnp.sum(jnp.square(s))
+        pivot = (system.bias_penalty + explained) / (system.bias_penalty + total)
+        rcond = jnp.minimum(rcond, pivot)
+    return _Factor(lower, extra, rcond, jnp.zeros((), jnp.int32))
+
+
+def _dual(
+    factor: _Factor,
+    system: _System,
+    g: LinearHead | None,
+    rho: jax.Array | None,
+    *,
+    steps: int = 0,
+) -> LinearHead:
+    z, s = _roots(system)
+    unpenalize = partial(_unpenalize, system, factor.extra)
+    mu = system.bias_penalty
+
+    def matvec(unknowns):
+        alpha, delta = unknowns
+        rows = alpha + dot(z, unpenalize(dot(z.T, alpha)))
+        if mu is None:
+            return rows, None
+        return rows + s * delta[None, :], jnp.sum(s * alpha, axis=0) - mu * delta
+
+    if mu is not None:
+        column = jax.lax.stop_gradient(cho_solve(factor.matrix, s))
+        schur = jax.lax.stop_gradient(mu + jnp.sum(s * column))
+
+    def solve_once(rhs):
+        alpha = cho_solve(factor.matrix, rhs[0])
+        if mu is None:
+            return alpha, None
+        delta = (jnp.sum(jax.lax.stop_gradient(s) * alpha, axis=0) - rhs[1]) / schur
+        return alpha - column * delta[None, :], delta
+
+    def solve(_, rhs):
+        unknowns = solve_once(rhs)
+        for _ in range(steps):
+            left = jax.tree.map(jnp.subtract, rhs, matvec(unknowns))
+            unknowns = jax.tree.map(jnp.add, unknowns, solve_once(left))
+        return unknowns
+
+    rows = None if rho is None else s * rho
+    if g is not None:
+        from_g = -dot(z, unpenalize(g.kernel))
+        rows = from_g if rows is None else rows + from_g
+    assert rows is not None
+    last = None if mu is None else jnp.zeros(rows.shape[1:], z.dtype)
+    if last is not None and g is not None and g.bias is not None:
+        last = -g.bias
+
+    alpha, delta = jax.lax.custom_linear_solve(matvec, (rows, last), solve, symmetric=True)
+    kernel = dot(z.T, alpha)
+    return LinearHead(unpenalize(kernel if g is None else kernel + g.kernel), delta)
+
+
+# QR: no squared condition number ------------------------------------------------------------------
+#
+# Stack M = (Z~; diag(Lambda, mu)^{1/2}), scale its columns to norm one, M = Q R, R = U Sigma V^T,
+# and let P be the rows of Q U that belong to data. Then x = V Sigma^{-1} P^T S^{1/2} rho and
+# A^{-1} g = V Sigma^{-2} V^T g. Direction k sees the data with strength Sigma_k |P_k|. Below
+# rounding that strength is noise, as it is for repeated features, and the quotient of noise and a
+# small Sigma_k (its square below eps) would be a huge weight: such a direction gets no correction,
+# as in exact arithmetic. One step of refinement follows, for residuals larger than the targets.
+
+
+def _factorize_qr(system: _System) -> _Factor:
+    z, s = _roots(system)
+    eps = jnp.finfo(z.dtype).eps
+    if system.penalty.ndim == 2:
+        values, vectors = jnp.linalg.eigh(system.penalty, symmetrize_input=True)
+        # Negative by more than rounding is not a penalty: NaN, which callers see.
+        floor = -10 * eps * system.penalty.shape[0] * jnp.max(jnp.abs(values))
+        values = jnp.where(values >= floor, jnp.maximum(values, 0), jnp.nan)
+        root = jnp.sqrt(values)[:, None] * vectors.T
+    else:
+        root = jnp.diag(jnp.broadcast_to(jnp.sqrt(system.penalty), (z.shape[1],)))
+
+    stacked = jnp.concatenate([z, root])
+    if system.bias_penalty is not None:
+        column = jnp.concatenate([s, jnp.zeros((root.shape[0], 1), z.dtype)])
+        last = jnp.zeros((1, z.shape[1] + 1), z.dtype).at[0, -1].set(jnp.sqrt(system.bias_penalty))
+        stacked = jnp.concatenate([jnp.concatenate([stacked, column], axis=1), last])
+
+    largest = jnp.max(jnp.abs(stacked), axis=0)
+    stacked = stacked / jnp.where(largest > 0, largest, 1)[None, :]  # no overflow in the squares
+    norms = jnp.linalg.norm(stacked, axis=0)
+    stacked = stacked / jnp.where(norms > 0, norms, 1)[None, :]
+    norms = jnp.where(norms > 0, norms * largest, 1)
+
+    q, r = jnp.linalg.qr(stacked)
+    u, sigma, vt = jnp.linalg.svd(r)
+    data = dot(q[: z.shape[0]], u)
+
+    cut = _NOISE * eps * sigma[0]
+    inverse = jnp.where(sigma <= cut, 0, 1 / sigma)  # NaN stays NaN
+    strength = sigma * jnp.linalg.norm(data, axis=0)
+    seen = (strength > cut) | (jnp.square(sigma / sigma[0]) > eps)
+    rcond = jnp.square(sigma[-1] / sigma[0])
+    extra = (data * (inverse * seen.astype(z.dtype))[None, :], jnp.square(inverse))
+    return _Factor(vt.T / norms[:, None], extra, rcond, jnp.zeros((), jnp.int32))
+
+
+def _qr(factor: _Factor, system: _System, rho: jax.Array) -> LinearHead:
+    data, inverse_squared = factor.extra
+    _, s = _roots(system)
+
+    def solve(rows: jax.Array) -> jax.Array:
+        return dot(factor.matrix, dot(data.T, s * rows))
+
+    has_bias = system.bias_penalty is not None
+    x = split_head(solve(rho), has_bias)
+    pull = inverse_squared[:, None] * dot(factor.matrix.T, stack_head(_penalize(system, x)))
+    more = solve(rho - x(system.features)) - dot(factor.matrix, pull)
+    return jax.tree.map(jnp.add, x, split_head(more, has_bias))
+
+
+def nan_where_negative(array: jax.Array) -> jax.Array:
+    """Negative penalties and weights make a system that may look solvable: answer NaN instead."""
+    if array.ndim == 2:  # a matrix has off-diagonal entries of any sign
+        return jnp.where(
+            jnp.any(jnp.diagonal(array) < 0), jnp.full((), jnp.nan, array.dtype), array
+        )
+    return jnp.where(array >= 0, array, jnp.full((), jnp.nan, array.dtype))

@@ -1,0 +1,396 @@
+"""The kernels against float64 QR of the stacked system, scikit-learn and finite differences."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from sklearn.linear_model import Ridge
+
+import cfll
+from cfll.solve import ROUTES, penalized_solve
+from tests.oracles import Problem, make_problem
+
+SOLVERS = ["auto", "primal", "dual", "qr"]
+SHAPES = list(itertools.product([1, 7, 64, 1000], [1, 16, 257], [1, 10]))
+VARIANTS = list(itertools.product(["scalar", "vector", "matrix"], ["none", "kept", "free"], [0, 1]))
+
+
+def solve(problem: Problem, solver="auto", dtype=np.float32):
+    def cast(array):
+        return None if array is None else jnp.asarray(np.asarray(array, dtype))
+
+    @jax.jit
+    def run(features, targets, anchor, lam, weights):
+        return penalized_solve(
+            features,
+            targets,
+            anchor,
+            lam,
+            penalize_bias=problem.penalize_bias,
+            sample_weight=weights,
+            solver=solver,
+        )
+
+    return run(
+        cast(problem.features),
+        cast(problem.targets),
+        cfll.LinearHead(cast(problem.kernel), cast(problem.bias)),
+        cast(problem.lam),
+        cast(problem.weights),
+    )
+
+
+def stack(head):
+    kernel = np.asarray(head.kernel, np.float64)
+    return kernel if head.bias is None else np.vstack([kernel, np.asarray(head.bias, np.float64)])
+
+
+def relative_error(got, expected):
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+def check_accuracy(n, d, o, solver, penalty, bias, weighted):
+    problem = make_problem(
+        n,
+        d,
+        o,
+        condition=1e4,
+        penalty=penalty,
+        bias=bias != "none",
+        penalize_bias=bias != "free",
+        weighted=bool(weighted),
+    )
+    # The promise is for a condition number up to 1e4 of the penalized system.
+    assert 1e3 < problem.condition() <= 1e4 or d == 1
+    head, _ = solve(problem, solver)
+    assert relative_error(stack(head), problem.solution()) < 1e-4
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(("n", "d", "o"), SHAPES)
+def test_accuracy_at_condition_1e4(n, d, o, solver):
+    # One of the 18 variants for each shape and solver, rotating; `-m grid` runs them all.
+    check_accuracy(
+        n, d, o, solver, *VARIANTS[(5 * SHAPES.index((n, d, o)) + 7 * SOLVERS.index(solver)) % 18]
+    )
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("n", "d", "o"), SHAPES)
+def test_accuracy_on_the_whole_grid(n, d, o, variant):
+    for solver in SOLVERS:
+        check_accuracy(n, d, o, solver, *variant)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("fit_intercept", [False, True])
+@pytest.mark.parametrize(("n", "d"), [(50, 8), (20, 40)])
+def test_agrees_with_scikit_learn(x64, solver, weighted, fit_intercept, n, d):
+    rng = np.random.default_rng(0)
+    features, targets = rng.normal(size=(n, d)) + 1, rng.normal(size=(n, 3))
+    weights = rng.uniform(0, 2, n) if weighted else None
+    reference = Ridge(alpha=0.3, fit_intercept=fit_intercept).fit(features, targets, weights)
+    head = cfll.ridge_solve(
+        features,
+        targets,
+        0.3,
+        use_bias=fit_intercept,
+        penalize_bias=False,
+        sample_weight=weights,
+        solver=solver,
+    )
+    np.testing.assert_allclose(head.kernel, reference.coef_.T, rtol=1e-5, atol=1e-10)
+    if fit_intercept:
+        np.testing.assert_allclose(head.bias, reference.intercept_, rtol=1e-5)
+
+
+def test_equation_13_as_printed(x64):
+    rng = np.random.default_rng(0)
+    phi, y, w = rng.normal(size=(5, 12)), rng.normal(size=(3, 12)), rng.normal(size=(3, 5))
+    printed = (y @ phi.T + 0.7 * w) @ np.linalg.inv(phi @ phi.T + 0.7 * np.eye(5))
+    head = cfll.prox_solve(phi.T, y.T, cfll.LinearHead(jnp.asarray(w.T)), 0.7)
+    np.testing.assert_allclose(head.kernel.T, printed, rtol=1e-10)
+
+
+def test_routes_by_shape():
+    def route(n, d, lam, **kwargs):
+        features, targets = np.eye(n, d, dtype=np.float32), np.ones((n, 1), np.float32)
+        anchor = cfll.LinearHead.zeros(d, 1)
+        return ROUTES[int(penalized_solve(features, targets, anchor, lam, **kwargs)[1].route)]
+
+    assert route(8, 4, 1.0) == "primal"
+    assert route(4, 8, 1.0) == "dual"
+    assert route(4, 8, np.eye(8, dtype=np.float32)) == "primal"
+    assert route(4, 8, 1.0, solver="qr") == "qr"
+
+
+# Singular to working precision --------------------------------------------------------------------
+
+
+def dead_relu_features(n, d, rng):
+    """Post-activation features as networks have them: dead, duplicated, scaled apart."""
+    features = np.maximum(rng.normal(size=(n, d)) @ rng.normal(size=(d, d)), 0)
+    features[:, : d // 4] = 0
+    features[:, d // 4 : d // 2] = features[:, d // 2 : d // 2 + d // 4]
+    return np.asarray(features * 10, np.float32)
+
+
+@pytest.mark.parametrize("lam", [1e-2, 1e-4, 1e-8])
+@pytest.mark.parametrize(("n", "d"), [(500, 64), (40, 64), (64, 64)])
+@pytest.mark.parametrize("kind", ["prox", "ridge"])
+@pytest.mark.parametrize("penalize_bias", [True, False])
+def test_auto_survives_what_cholesky_does_not(n, d, lam, kind, penalize_bias):
+    rng = np.random.default_rng(1)
+    features = dead_relu_features(n, d, rng)
+    targets = np.asarray(rng.normal(size=(n, 2)), np.float32)
+    kernel = np.asarray(rng.normal(size=(d, 2)), np.float32) * (kind == "prox")
+    problem = Problem(
+        features.astype(float), targets.astype(float), kernel.astype(float), np.zeros(2), lam, None,
+        penalize_bias,
+    )  # fmt: skip
+    head, info = solve(problem)
+    expected = problem.solution()
+    predictions = features.astype(float) @ expected[:-1] + expected[-1]
+    got = features.astype(float) @ np.asarray(head.kernel, float) + np.asarray(head.bias, float)
+    assert relative_error(got, predictions) < 1e-3
+    assert ROUTES[int(info.route)] == "qr" or n < d  # visible to the caller
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_no_data_keeps_the_anchor(n, solver):
+    anchor = cfll.LinearHead(jnp.ones((4, 2)), jnp.ones(2))
+    weights = jnp.zeros((n,))
+    features, targets = jnp.full((n, 4), jnp.nan), jnp.full((n, 2), jnp.inf)
+    head = cfll.prox_solve(features, targets, anchor, 1.0, sample_weight=weights, solver=solver)
+    np.testing.assert_allclose(stack(head), stack(anchor))
+
+
+def test_no_data_and_a_free_bias_keeps_the_anchor():
+    anchor = cfll.LinearHead(jnp.ones((4, 2)), jnp.ones(2))
+    head = cfll.prox_solve(
+        jnp.ones((3, 4)),
+        jnp.ones((3, 2)),
+        anchor,
+        1.0,
+        sample_weight=jnp.zeros(3),
+        penalize_bias=False,
+    )
+    np.testing.assert_allclose(stack(head), stack(anchor))
+
+
+def test_all_zero_features_give_a_finite_head():
+    head = cfll.ridge_solve(jnp.zeros((9, 4)), jnp.ones((9, 1)), 0.0, penalize_bias=False)
+    np.testing.assert_allclose(head.kernel, np.zeros((4, 1)))
+    np.testing.assert_allclose(head.bias, [1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])
+@pytest.mark.parametrize(("n", "d"), [(30, 5), (5, 30)])
+def test_scaling_features_and_penalty_scales_the_head(scale, n, d):
+    rng = np.random.default_rng(0)
+    features = np.asarray(rng.normal(size=(n, d)), np.float32)
+    targets = np.asarray(rng.normal(size=(n, 1)), np.float32)
+    head = cfll.ridge_solve(features, targets, 1e-2, use_bias=False)
+    # lam scales with the square, which must be a normal float32: 1e28 and 1e-32 are.
+    scaled = cfll.ridge_solve(
+        features * np.float32(scale), targets, 1e-2 * scale * scale, use_bias=False
+    )
+    np.testing.assert_allclose(scaled.kernel * np.float32(scale), head.kernel, rtol=1e-3)
+
+
+def test_nan_in_is_nan_out_and_not_an_exception():
+    features = jnp.ones((5, 2)).at[0, 0].set(jnp.nan)
+    head = cfll.ridge_solve(features, jnp.ones((5, 1)), 1.0)
+    assert bool(jnp.isnan(head.kernel).any())
+
+
+def test_a_negative_traced_penalty_is_nan():
+    run = jax.jit(lambda lam: cfll.ridge_solve(jnp.eye(4), jnp.ones((4, 1)), lam).kernel)
+    assert bool(jnp.isnan(run(-0.1)).all())
+
+
+# Weights and dtypes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("fill", [0.0, 1e6, np.nan, np.inf])
+def test_a_padded_batch_is_the_batch(solver, fill):
+    rng = np.random.default_rng(0)
+    features = np.asarray(rng.normal(size=(5, 8)), np.float32)
+    targets = np.asarray(rng.normal(size=(5, 2)), np.float32)
+    anchor = cfll.LinearHead.zeros(8, 2)
+    plain = cfll.prox_solve(features, targets, anchor, 0.1, solver=solver)
+    padded = cfll.prox_solve(
+        np.concatenate([features, np.full((3, 8), fill, np.float32)]),
+        np.concatenate([targets, np.full((3, 2), fill, np.float32)]),
+        anchor,
+        0.1,
+        sample_weight=np.asarray([1, 1, 1, 1, 1, 0, 0, 0], np.float32),
+        solver=solver,
+    )
+    # The products are summed in another order: float32 rounding times a condition number of 100.
+    np.testing.assert_allclose(stack(padded), stack(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_all_leading_axes_are_samples_and_weights_may_cover_the_first():
+    rng = np.random.default_rng(0)
+    features = np.asarray(rng.normal(size=(4, 6, 3)), np.float32)
+    targets = np.asarray(rng.normal(size=(4, 6, 2)), np.float32)
+    weights = np.asarray([1, 1, 1, 0], np.float32)
+    whole = cfll.ridge_solve(features, targets, 1.0, sample_weight=weights)
+    flat = cfll.ridge_solve(features[:3].reshape(-1, 3), targets[:3].reshape(-1, 2), 1.0)
+    np.testing.assert_allclose(stack(whole), stack(flat), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("n", [3, 30])
+def test_half_precision_is_solved_in_float32(dtype, n):
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal(size=(n, 8)), dtype)
+    targets = jnp.asarray(rng.normal(size=(n, 2)), dtype)
+    head = cfll.ridge_solve(features, targets, 0.1)
+    exact = cfll.ridge_solve(features.astype(jnp.float32), targets.astype(jnp.float32), 0.1)
+    assert head.kernel.dtype == jnp.float32
+    np.testing.assert_array_equal(head.kernel, exact.kernel)
+
+
+def test_float64_stays_float64(x64):
+    problem = make_problem(64, 16, 2, condition=1e8)
+    head, _ = solve(problem, dtype=np.float64)
+    assert head.kernel.dtype == jnp.float64
+    assert relative_error(stack(head), problem.solution()) < 1e-9
+
+
+# Transformations of JAX ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [6, 40])
+def test_vmap_over_penalties_batches_and_heads(n):
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal(size=(3, n, 8)), jnp.float32)
+    targets = jnp.asarray(rng.normal(size=(3, n, 2)), jnp.float32)
+    anchors = cfll.LinearHead(jnp.asarray(rng.normal(size=(3, 8, 2)), jnp.float32))
+    lams = jnp.array([1e-7, 1e-2, 1.0])
+    mapped = jax.vmap(cfll.prox_solve)(features, targets, anchors, lams)
+    for i in range(3):
+        anchor = cfll.LinearHead(anchors.kernel[i])
+        one = cfll.prox_solve(features[i], targets[i], anchor, lams[i])
+        np.testing.assert_allclose(mapped.kernel[i], one.kernel, rtol=1e-3, atol=1e-4)
+    grid = jax.vmap(lambda lam: cfll.ridge_solve(features[0], targets[0], lam).kernel)(lams)
+    one = cfll.ridge_solve(features[0], targets[0], lams[2]).kernel
+    np.testing.assert_allclose(grid[2], one, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("penalty", ["scalar", "vector", "matrix"])
+@pytest.mark.parametrize(("n", "d"), [(9, 4), (4, 9)])
+def test_derivatives_through_the_solve(x64, solver, penalty, n, d):
+    p = make_problem(n, d, 2, condition=10, penalty=penalty, weighted=True)
+
+    def kernel_and_bias(features, targets, kernel, bias, lam, weights):
+        if penalty == "matrix":
+            lam = (lam + lam.T) / 2
+        head = cfll.prox_solve(
+            features,
+            targets,
+            cfll.LinearHead(kernel, bias),
+            lam,
+            sample_weight=weights,
+            solver=solver,
+        )
+        return head.kernel, head.bias
+
+    args = jax.tree.map(
+        jnp.asarray, (p.features, p.targets, p.kernel, p.bias, p.lam, p.weights + 0.1)
+    )
+    check_grads(kernel_and_bias, args, order=2, modes=["fwd", "rev"], rtol=1e-5, atol=1e-6)
+
+
+def test_derivative_at_a_weight_of_zero(x64):
+    rng = np.random.default_rng(0)
+    features, targets = jnp.asarray(rng.normal(size=(3, 6))), jnp.asarray(rng.normal(size=(3, 1)))
+
+    def first(weight):
+        weights = jnp.concatenate([weight[None], jnp.ones(2)])
+        return cfll.ridge_solve(features, targets, 0.5, sample_weight=weights).kernel[0, 0]
+
+    forward = (first(jnp.asarray(1e-6)) - first(jnp.asarray(0.0))) / 1e-6
+    np.testing.assert_allclose(jax.grad(first)(jnp.asarray(0.0)), forward, rtol=1e-4)
+
+
+def test_gradient_reuses_the_factor():
+    def loss(features):
+        head = cfll.ridge_solve(features, jnp.ones((9, 1)), 1.0)
+        return jnp.sum(head.kernel)
+
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((9, 4))))
+    assert jaxpr.count(" cholesky") == 1
+
+
+def test_gradient_is_finite_where_cholesky_fails():
+    features = jnp.concatenate([jnp.ones((8, 2)), jnp.zeros((8, 2))], axis=1)
+
+    def loss(features):
+        return jnp.sum(cfll.ridge_solve(features, jnp.ones((8, 1)), 1e-9).kernel)
+
+    assert bool(jnp.isfinite(jax.grad(loss)(features)).all())
+
+
+def test_no_recompilation_for_another_penalty():
+    run = jax.jit(lambda lam: cfll.ridge_solve(jnp.eye(4), jnp.ones((4, 1)), lam).kernel)
+    run(1.0), run(2.0)
+    assert run._cache_size() == 1
+
+
+# Errors while tracing -----------------------------------------------------------------------------
+
+F, Y = np.ones((6, 4), np.float32), np.ones((6, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: cfll.ridge_solve(F, Y[:5], 1.0), ValueError, ["(5, 2)", "(6, 4)"]),
+        (lambda: cfll.ridge_solve(F, Y[:, 0], 1.0), ValueError, ["(6,)", "targets[..., None]"]),
+        (lambda: cfll.ridge_solve(F[0], Y[0], 1.0), ValueError, ["(4,)", "features[None, :]"]),
+        (lambda: cfll.ridge_solve(F[:, :0], Y, 1.0), ValueError, ["(6, 0)"]),
+        (lambda: cfll.ridge_solve(F, np.arange(6), 1.0), TypeError, ["int", "jax.nn.one_hot"]),
+        (lambda: cfll.ridge_solve(F, Y > 0, 1.0), TypeError, ["bool", "jax.nn.one_hot"]),
+        (lambda: cfll.ridge_solve(F + 1j, Y, 1.0), TypeError, ["complex64", "features.real"]),
+        (lambda: cfll.ridge_solve(F, Y, -1.0), ValueError, ["beta is negative", "beta > 0"]),
+        (lambda: cfll.ridge_solve(F[:3], Y[:3], 0.0), ValueError, ["beta is zero", "beta > 0"]),
+        (lambda: cfll.ridge_solve(F, Y, np.ones(3)), ValueError, ["beta", "(3,)", "(4,)"]),
+        (lambda: cfll.ridge_solve(F, Y, np.ones((5, 5))), ValueError, ["(5, 5)", "(4, 4)"]),
+        (lambda: cfll.ridge_solve(F, Y, np.triu(np.ones((4, 4)))), ValueError, ["not symmetric"]),
+        (lambda: cfll.ridge_solve(F, Y, 1.0, solver="svd"), ValueError, ["'svd'", "'dual'"]),
+        (lambda: cfll.ridge_solve(F, Y, 1.0, sample_weight=np.ones(5)), ValueError, ["(5,)"]),
+        (lambda: cfll.ridge_solve(F, Y, 1.0, sample_weight=-np.ones(6)), ValueError, ["negative"]),
+        (
+            lambda: cfll.prox_solve(F, Y, cfll.LinearHead.zeros(4, 3), 1.0),
+            ValueError,
+            ["anchor", "(4, 3)", "(4, 2)"],
+        ),
+        (
+            lambda: cfll.prox_solve(F, Y, cfll.LinearHead.zeros(4, 2), -1e-3),
+            ValueError,
+            ["lam is negative"],
+        ),
+        (
+            lambda: cfll.prox_solve(F, Y, {"kernel": 0, "bias": 0}, 1.0),  # type: ignore[arg-type]
+            TypeError,
+            ["anchor is a dict", "cfll.get_head"],
+        ),
+    ],
+)
+def test_errors_name_argument_shape_and_fix(call, error, words):
+    with pytest.raises(error) as caught:
+        jax.jit(call)()
+    for word in words:
+        assert word in str(caught.value)
