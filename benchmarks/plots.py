@@ -101,6 +101,7 @@ def prediction(
         above.set(title=title, ylabel="u")
         above.legend()
         below.set(xlabel="x (radians)", ylabel="error of u at t = 1", xlim=(x[0], x[-1]))
-        below.legend(ncols=len(predictions))
+        below.set_ylim(top=below.get_ylim()[1] * 1.4)  # room for the legend
+        below.legend(ncols=len(predictions), loc="upper right")
         figure.savefig(path)
         plt.close(figure)

@@ -78,7 +78,9 @@ def train(
             measured = error(state)
             errors[count] = measured if math.isfinite(measured) else math.inf
     # The first step compiles; the second may once more, for arrays that are now on the device.
-    return state, Curve(list(errors), list(errors.values()), float(np.median(seconds[2:])))
+    return state, Curve(
+        list(errors), list(errors.values()), float(np.median(seconds[2:] or seconds))
+    )
 
 
 def evaluator(

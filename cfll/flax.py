@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from flax.training import train_state
@@ -56,6 +57,23 @@ class TrainState(train_state.TrainState):
     """
 
     batch_stats: Any = None
+
+    @classmethod
+    def create(cls, *, apply_fn: Callable[..., Any], params: Any, tx: Any, **kwargs: Any) -> Any:
+        """A new state at step 0.
+
+        Args:
+          apply_fn: usually ``model.apply``.
+          params: the parameters.
+          tx: the optimizer.
+          **kwargs: other fields, like ``batch_stats``.
+
+        Returns:
+          The state. Its ``step`` is an array from the start: Flax's is a Python integer, which
+          costs ``jit`` a second entry in its cache.
+        """
+        state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
+        return state.replace(step=jnp.zeros((), jnp.int32))
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
         """One step of the optimizer.

@@ -248,7 +248,7 @@ def penalized_solve(
 
     has_bias = anchor.bias is not None
     _checks.check_penalty(name, penalty, d, rows, has_bias and not penalize_bias)
-    penalty = nan_where_negative(jnp.asarray(penalty, dtype))
+    penalty = as_penalty(penalty, dtype)
     bias_penalty = bias_share(penalty, has_bias, penalize_bias)
 
     system = _System(features, weights, penalty, bias_penalty)
@@ -775,8 +775,29 @@ def _qr(factor: _Factor, system: _System, rho: jax.Array) -> LinearHead:
     return jax.tree.map(jnp.add, x, split_head(more, has_bias))
 
 
+def as_penalty(penalty: jax.typing.ArrayLike, dtype: Any) -> jax.Array:
+    """The penalty as an array; the symmetric part of a matrix, since no other part counts.
+
+    Args:
+      penalty: scalar, (d,) or (d, d).
+      dtype: the dtype to solve in.
+
+    Returns:
+      The penalty; NaN where it is negative.
+    """
+    array = jnp.asarray(penalty, dtype)
+    return nan_where_negative((array + array.T) / 2 if array.ndim == 2 else array)
+
+
 def nan_where_negative(array: jax.Array) -> jax.Array:
-    """Negative penalties and weights make a system that may look solvable: answer NaN instead."""
+    """Negative penalties and weights make a system that may look solvable: answer NaN instead.
+
+    Args:
+      array: scalar or (k,); of a matrix (d, d) the diagonal counts.
+
+    Returns:
+      The array, NaN where negative; all NaN for a matrix with a negative diagonal entry.
+    """
     if array.ndim == 2:  # a matrix has off-diagonal entries of any sign
         return jnp.where(
             jnp.any(jnp.diagonal(array) < 0), jnp.full((), jnp.nan, array.dtype), array

@@ -212,7 +212,7 @@ class GramStats(NamedTuple):
         stats, anchor = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (self, anchor))
         # How many samples there were is data here, not a shape: d + 1 switches that check off.
         _checks.check_penalty(name, penalty, d, d + 1, False)
-        penalty = solve.nan_where_negative(jnp.asarray(penalty, dtype))
+        penalty = solve.as_penalty(penalty, dtype)
         bias_penalty = solve.bias_share(penalty, has_bias, penalize_bias)
 
         matrix = solve.border(

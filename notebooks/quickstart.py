@@ -176,7 +176,9 @@ careful = cfll.flax.TrainState.create(apply_fn=net.apply, params=params, tx=tx)
 careful = closed_form_step(careful, x_train[:BATCH], y_train[:BATCH] * jnp.nan, 10.0)
 info = optax.tree.get(careful.opt_state, "info")
 print("after a NaN batch: skipped", int(info.skipped), "accepted", bool(info.accepted))
-print("parameters finite:", all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(careful.params)))
+print(
+    "parameters finite:", all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(careful.params))
+)
 
 # %% [markdown]
 # ## Algorithm 1

@@ -272,6 +272,15 @@ def test_nnx_batch_norm_and_dropout(standard_promotion):
     assert bool(jnp.isfinite(model.head.kernel[...]).all())
 
 
+def test_linen_step_does_not_recompile(x64):
+    net, batches = oracles.network_problem()
+    state = linen_state(net)
+    linen_equation_17.clear_cache()
+    for x, y in batches:
+        state = linen_equation_17(state, x, y)
+    assert linen_equation_17._cache_size() == 1
+
+
 def test_nnx_step_does_not_recompile():
     net, batches = oracles.network_problem()
     model, optimizer = nnx_pair(

@@ -288,12 +288,21 @@ def test_vmap_over_penalties_batches_and_heads(n):
     np.testing.assert_allclose(grid[2], one, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("penalty", ["scalar", "vector", "matrix"])
-@pytest.mark.parametrize(("n", "d"), [(9, 4), (4, 9)])
+@pytest.mark.parametrize(
+    ("solver", "penalty", "n", "d"),
+    [
+        ("auto", "scalar", 9, 4),
+        ("auto", "vector", 4, 9),
+        ("primal", "matrix", 4, 9),
+        ("dual", "scalar", 9, 4),
+        ("dual", "matrix", 4, 9),
+        ("qr", "vector", 9, 4),
+    ],
+)
 def test_derivatives_through_the_solve(x64, solver, penalty, n, d):
     p = make_problem(n, d, 2, condition=10, penalty=penalty, weighted=True)
 
+    @jax.jit
     def kernel_and_bias(features, targets, kernel, bias, lam, weights):
         if penalty == "matrix":
             lam = (lam + lam.T) / 2
