@@ -22,11 +22,14 @@ from benchmarks.sweep import Outcome
 
 HEADINGS = ("optimizer", "head", "test MSE", "ratio", "steps to match", "ms/step", "rate")
 
-EXPLANATION = """\
-ratio: to the gradient head with the same optimizer, after as many steps.
-steps to match: until the validation error, measured twice an epoch, is at or below the last one of
-that gradient head; *: in a run of half the length, with its own decay.
-ms/step: median, compilation excluded. rate: the best by the last validation error."""
+EXPLANATION = "\n".join(  # a line each: the terminal wraps them where it ends
+    (
+        "ratio: to the gradient head with the same optimizer, after as many steps.",
+        "steps to match: until the validation error, measured twice an epoch, is at or below the "
+        "last one of that gradient head; *: in a run of half the length, with its own decay.",
+        "ms/step: median, compilation excluded. rate: the best by the last validation error.",
+    )
+)
 
 
 def summarize(outcomes: Sequence[Outcome], baseline: str) -> list[dict[str, Any]]:

@@ -258,7 +258,9 @@ def penalized_solve(
         route, guarded = ("dual" if small else "primal"), True
     else:
         route, guarded = ("primal" if rows == 0 and solver == "dual" else solver), False
-    run = _in_auto_mode(partial(_correct, route, guarded), anchor, features)
+    info: Any = SolveInfo(jax.P(), jax.P())  # type: ignore[arg-type]
+    out_specs = (jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, anchor), info)
+    run = in_auto_mode(partial(_correct, route, guarded), features, out_specs)
     return run(system, targets, anchor)
 
 
@@ -274,22 +276,30 @@ def _correct(
     return head, SolveInfo(route=code, rcond=factor.rcond.astype(jnp.float32))
 
 
-def _in_auto_mode(
-    run: Callable[..., tuple[LinearHead, SolveInfo]], anchor: LinearHead, features: jax.Array
-) -> Callable[..., tuple[LinearHead, SolveInfo]]:
-    """Let XLA shard the solve where the mesh has explicit axes; the head is sharded as the anchor.
+def in_auto_mode(
+    run: Callable[..., Any], features: jax.Array, out_specs: Any
+) -> Callable[..., Any]:
+    """Let XLA shard a function of the samples where the mesh of the features has explicit axes.
 
     A product over sharded samples is ambiguous to sharding-in-types, and LAPACK has no rule there.
+
+    Args:
+      run: the function.
+      features: decides by its type.
+      out_specs: partition specs of the outputs, a tree like them.
+
+    Returns:
+      ``run``, wrapped if need be.
     """
     mesh = jax.typeof(features).sharding.mesh
     if not mesh.explicit_axes:
         return run
-    replicated = jax.sharding.NamedSharding(mesh, jax.P())
     shardings = jax.tree.map(
-        lambda leaf: jax.sharding.NamedSharding(mesh, jax.typeof(leaf).sharding.spec), anchor
+        lambda spec: jax.sharding.NamedSharding(mesh, spec),
+        out_specs,
+        is_leaf=lambda node: isinstance(node, jax.P),
     )
-    info: Any = SolveInfo(replicated, replicated)  # type: ignore[arg-type]
-    return jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=(shardings, info))
+    return jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=shardings)
 
 
 def expand_weights(sample_weight: jax.Array, samples: tuple[int, ...]) -> jax.Array:

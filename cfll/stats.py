@@ -93,24 +93,32 @@ class GramStats(NamedTuple):
         samples, dtype = features.shape[:-1], self.gram.dtype
         features = features.astype(dtype).reshape(-1, features.shape[-1])
         targets = targets.astype(dtype).reshape(-1, targets.shape[-1])
-        weighted, count = features, jnp.full((), features.shape[0], dtype)
-        weighted_targets = targets
+        weights = None
         if sample_weight is not None:
             _checks.check_weights(sample_weight, samples)
             weights = solve.expand_weights(jnp.asarray(sample_weight, dtype), samples)
             features = solve.drop_absent(features, weights)
             targets = solve.drop_absent(targets, weights)
+        replicated = jax.tree.map(lambda _: jax.P(), self)
+        more = solve.in_auto_mode(self._of, features, replicated)(features, targets, weights)
+        return self.merge(more)
+
+    def _of(
+        self, features: jax.Array, targets: jax.Array, weights: jax.Array | None
+    ) -> "GramStats":
+        """The sums over these rows alone."""
+        count = jnp.full((), features.shape[0], features.dtype)
+        weighted, weighted_targets = features, targets
+        if weights is not None:
             weighted, weighted_targets = features * weights[:, None], targets * weights[:, None]
             count = jnp.sum(weights)
         with_bias = self.feature_sum is not None
-        return self.merge(
-            GramStats(
-                gram=solve.dot(features.T, weighted),
-                cross=solve.dot(weighted.T, targets),
-                feature_sum=jnp.sum(weighted, axis=0) if with_bias else None,
-                target_sum=jnp.sum(weighted_targets, axis=0) if with_bias else None,
-                weight_sum=count,
-            )
+        return GramStats(
+            gram=solve.dot(features.T, weighted),
+            cross=solve.dot(weighted.T, targets),
+            feature_sum=jnp.sum(weighted, axis=0) if with_bias else None,
+            target_sum=jnp.sum(weighted_targets, axis=0) if with_bias else None,
+            weight_sum=count,
         )
 
     def merge(self, other: "GramStats") -> "GramStats":

@@ -102,3 +102,17 @@ def test_errors():
         stats.ridge(-1.0)
     with pytest.raises(ValueError, match="anchor"):
         stats.prox(cfll.LinearHead.zeros(8, 3), 1.0)
+
+
+def test_samples_may_be_sharded_over_an_explicit_mesh():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    batch = (F.reshape(6, 10, 8), Y.reshape(6, 10, 2))
+    features, targets = jax.device_put(batch, jax.sharding.NamedSharding(mesh, jax.P("x")))
+
+    @jax.jit
+    def both(features, targets):
+        stats = cfll.GramStats.zeros(8, 2).add(features, targets)
+        return stats.ridge(1.0), cfll.ridge_solve(features, targets, 1.0)
+
+    for head in both(features, targets):
+        close(head, cfll.ridge_solve(F, Y, 1.0))
