@@ -134,7 +134,7 @@ ROWS = (
 # Where the search for a row's best rate starts, for all heads alike.
 RATES = {"SGD": (0.07, 0.14), "Adam": (0.0025, 0.005), "Muon": (0.01, 0.02)}
 
-BETA = 1.0  # of ridge; over 8192 samples (batch x grid points) it matters as little as lam
+BETA = 1.0  # of ridge, not tuned
 
 
 class Scaling(NamedTuple):
@@ -268,7 +268,7 @@ def quickstart(
       batch_size: samples per step; the head is solved on batch size x 256 grid points.
       seed: of initialization and shuffling.
       repeats: number of seeds, counted from the first; results are means over them.
-      lam: the proximal coefficient of the closed-form heads, not tuned: 1 to 100 all do.
+      lam: the proximal coefficient of the closed-form heads, the same for all and not tuned.
       out: folder of results, figures, finished runs and generated data.
     """
     if min(epochs, repeats) < 1 or not 1 <= batch_size <= 1448 or lam <= 0:

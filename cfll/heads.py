@@ -210,6 +210,9 @@ def check_same_head(expected: LinearHead, given: LinearHead, name: str) -> None:
       given: the head to check.
       name: what to call it in the message.
 
+    Returns:
+      Nothing.
+
     Raises:
       ValueError: naming both shapes and the fix.
     """
