@@ -1,4 +1,7 @@
-"""TrainState for linen, feature_fn and anchor for NNX: what Flax needs beyond Optax's interface.
+"""What Flax needs beyond Optax's interface, for linen and for NNX.
+
+``TrainState`` (linen), ``feature_fn`` and ``anchor`` (NNX); ``linen_backbone`` and ``nnx_backbone``
+for the two-stage heads of `cfll.iv`.
 
 The only module that imports Flax.
 
@@ -10,6 +13,7 @@ and *discard* what the forward pass would write. The statistics move once per st
 your loss.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -22,6 +26,7 @@ from flax import nnx
 from flax.training import train_state
 
 from cfll.heads import LinearHead
+from cfll.iv import Backbone
 
 
 class TrainState(train_state.TrainState):
@@ -196,3 +201,83 @@ def anchor(optimizer: nnx.Optimizer) -> LinearHead:
       The head, of plain arrays.
     """
     return optax.tree.get(nnx.as_pure(optimizer.opt_state), "anchor")
+
+
+def linen_backbone(
+    module: Any, variables: Any, *, method: str | Callable[..., Any] | None = None
+) -> Backbone:
+    """A linen module as a `cfll.iv.Backbone`.
+
+    Args:
+      module: a linen module that maps inputs to features (n, d). If its method takes ``train``, it
+        is told the mode.
+      variables: what ``module.init`` returned. "params" is trained; all other collections (running
+        statistics of batch norm and spectral norm) are updated by the passes that train.
+      method: the method that returns features; ``None`` for ``__call__``.
+
+    Returns:
+      The backbone, with these variables as initial values.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> module = nn.Dense(8)
+      >>> backbone = linen_backbone(module, module.init(jax.random.key(0), jnp.ones((1, 3))))
+      >>> x = jnp.ones((4, 3))
+      >>> features, stats = backbone.apply(backbone.params, backbone.stats, x, train=True)
+      >>> features.shape
+      (4, 8)
+    """
+    variables = dict(variables)
+    params = variables.pop("params")
+    function = method if callable(method) else getattr(type(module), method or "__call__")
+    takes_train = "train" in inspect.signature(function).parameters
+
+    def apply(params: Any, stats: Any, inputs: Any, *, train: bool) -> tuple[jax.Array, Any]:
+        keywords: dict[str, Any] = {"train": train} if takes_train else {}
+        both = {"params": params, **stats}
+        if not train:
+            return module.apply(both, inputs, method=method, **keywords), stats
+        features, updated = module.apply(
+            both, inputs, method=method, mutable=list(stats), **keywords
+        )
+        return features, {**stats, **updated}
+
+    return Backbone(apply, params, variables)
+
+
+def nnx_backbone(model: nnx.Module, *, method: str = "__call__") -> Backbone:
+    """An NNX module as a `cfll.iv.Backbone`.
+
+    Args:
+      model: a module that maps inputs to features (n, d); it is not changed. Layers with two modes
+        (batch norm, dropout) are switched as ``model.train()`` and ``model.eval()`` do.
+      method: the method that returns features.
+
+    Returns:
+      The backbone, with the model's present values as initial values.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> backbone = nnx_backbone(nnx.Linear(3, 8, rngs=nnx.Rngs(0)))
+      >>> x = jnp.ones((4, 3))
+      >>> features, stats = backbone.apply(backbone.params, backbone.stats, x, train=True)
+      >>> features.shape
+      (4, 8)
+    """
+
+    def split(module: nnx.Module) -> Any:
+        return nnx.split(module, nnx.Param, ...)
+
+    graph, params, stats = split(nnx.clone(model))
+
+    def apply(params: Any, stats: Any, inputs: Any, *, train: bool) -> tuple[jax.Array, Any]:
+        copy = nnx.merge(graph, params, stats, copy=True)
+        if train:
+            copy.train()
+        else:
+            copy.eval()
+        features = getattr(copy, method)(inputs)
+        return features, split(copy)[2]
+
+    return Backbone(apply, params, stats)
