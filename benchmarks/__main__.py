@@ -12,7 +12,7 @@ def main() -> None:
     # Only now: these import JAX, and with it libraries that read their settings once.
     import tyro
 
-    from benchmarks.quickstart import quickstart
+    from benchmarks.experiments.quickstart import quickstart
 
     try:
         tyro.extras.subcommand_cli_from_dict(

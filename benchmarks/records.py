@@ -4,28 +4,39 @@ Bottom of the benchmarks. An interrupted experiment goes on where it stopped, an
 never picks up an old result.
 """
 
+import datetime
+import functools
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+import cfll
+
 Record = dict[str, Any]
 
 
 class Records:
-    """An append-only file of JSON lines, {"key": {...}, "result": {...}}, read once.
+    """An append-only file of JSON lines {"key": ..., "result": ..., "made": ...}, read once.
 
     Args:
       path: the .jsonl file; made, with its folder, by the first `add`.
+
+    Attributes:
+      made: the machines and versions that the lines were made with, without repetition.
     """
 
     def __init__(self, path: Path):
         self._path = path
         self._results: dict[str, Record] = {}
+        self.made: list[dict[str, str]] = []
         if path.exists():
             for line in path.read_text().splitlines():
                 try:
@@ -33,6 +44,7 @@ class Records:
                 except json.JSONDecodeError:
                     continue  # the last line of a run that was killed while it wrote
                 self._results[_canonical(entry["key"])] = entry["result"]
+                self._remember(entry.get("made"))
 
     def get(self, key: Mapping[str, Any]) -> Record | None:
         """The result under this key, or None."""
@@ -43,8 +55,27 @@ class Records:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
         with self._path.open("a") as file:
-            file.write("\n" * torn + json.dumps({"key": key, "result": result}) + "\n")
+            line = json.dumps({"key": key, "result": result, "made": made_here()})
+            file.write("\n" * torn + line + "\n")
         self._results[_canonical(key)] = result
+        self._remember(made_here())
+
+    def _remember(self, made: dict[str, str] | None) -> None:
+        if made and made not in self.made:
+            self.made.append(made)
+
+
+@functools.cache
+def made_here() -> dict[str, str]:
+    """The machine and the versions that a result comes from. Not part of a key: a run is resumed."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{device.platform} {device.device_kind}, {os.cpu_count()} cores, "
+        f"{platform.system()} {platform.machine()}",
+        "cfll": cfll.__version__,
+        **{name: version(name) for name in ("jax", "optax", "flax")},
+    }
 
 
 def name_of(key: Mapping[str, Any]) -> str:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import quickstart, sweep
+from benchmarks import sweep
+from benchmarks.experiments import quickstart
 from benchmarks.data import burgers
 from benchmarks.models.fno import FNO1d
 from benchmarks.records import Records

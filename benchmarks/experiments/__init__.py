@@ -1,0 +1,1 @@
+"""One file per experiment, one command per file; everything shared lies below."""

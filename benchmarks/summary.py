@@ -1,0 +1,107 @@
+"""What an experiment says in the end: tables, figures, and which of the paper's sentences hold here.
+
+Above `records.py`, below the experiments. An experiment turns its records into a `Summary`; the
+terminal and `RESULTS.md` show the same one.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+
+class Claim(NamedTuple):
+    """A sentence that can be wrong, and what was measured.
+
+    Attributes:
+      sentence: in the words of the paper, or of the hypothesis, with its place.
+      holds: here; `None` if the runs that would decide are missing.
+      evidence: the figures that decide, in one sentence, with units.
+    """
+
+    sentence: str
+    holds: bool | None
+    evidence: str
+
+
+class Table(NamedTuple):
+    """Cells as they are printed.
+
+    Attributes:
+      caption: what is in it, with units.
+      headings: one per column.
+      rows: the cells, left to right.
+    """
+
+    caption: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+class Summary(NamedTuple):
+    """What an experiment found.
+
+    Attributes:
+      title: with the number of the paper's figure.
+      command: what was typed.
+      setup: data, sizes, tuning and everything that differs from the paper, in Markdown.
+      tables: the numbers.
+      claims: what they say.
+      figures: the pictures, as paths.
+    """
+
+    title: str
+    command: str
+    setup: str
+    tables: Sequence[Table]
+    claims: Sequence[Claim]
+    figures: Sequence[Path]
+
+
+def verdict(claim: Claim) -> str:
+    """The word before a claim."""
+    return {True: "holds", False: "does not hold here", None: "not decided"}[claim.holds]
+
+
+def show(console: Console, summary: Summary) -> None:
+    """Print a summary on the terminal."""
+    console.rule(summary.title)
+    console.print(summary.setup, highlight=False)
+    for table in summary.tables:
+        shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for index, heading in enumerate(table.headings):
+            shown.add_column(heading, justify="left" if index == 0 else "right")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+        console.print(table.caption, highlight=False)
+    for claim in summary.claims:
+        console.print(
+            f"[bold]{verdict(claim)}[/bold]: {claim.sentence}\n    {claim.evidence}",
+            highlight=False,
+        )
+    for figure in summary.figures:
+        console.print(f"figure: {figure}", highlight=False)
+
+
+def to_markdown(summary: Summary, folder: Path) -> str:
+    """A section of RESULTS.md.
+
+    Args:
+      summary: what to write.
+      folder: where RESULTS.md lies; the figures must lie below it.
+    """
+    parts = [f"## {summary.title}", f"```sh\n{summary.command}\n```", summary.setup]
+    parts += [f"![{summary.title}]({path.relative_to(folder)})" for path in summary.figures]
+    for table in summary.tables:
+        lines = [table.headings, ("---", *["---:"] * (len(table.headings) - 1)), *table.rows]
+        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        parts.append(f"{text}\n\n{table.caption}")
+    if summary.claims:
+        lines = [("claim", "here", "measured"), ("---",) * 3]
+        lines += [(c.sentence, f"**{verdict(c)}**", c.evidence) for c in summary.claims]
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(parts) + "\n"
