@@ -1,6 +1,7 @@
 """The command line: `python -m benchmarks --help`."""
 
 import sys
+from typing import Any
 
 from benchmarks.runtime import prepare_process
 
@@ -12,11 +13,32 @@ def main() -> None:
     # Only now: these import JAX, and with it libraries that read their settings once.
     import tyro
 
+    from benchmarks.experiments import classification
+    from benchmarks.experiments.burgers import burgers
+    from benchmarks.experiments.dfiv import dfiv
+    from benchmarks.experiments.imagenet import imagenet
+    from benchmarks.experiments.landscape import landscape
     from benchmarks.experiments.quickstart import quickstart
+    from benchmarks.experiments.results import results
+    from benchmarks.experiments.theory import theory
 
+    commands: dict[str, Any] = {
+        "quickstart": quickstart,
+        "landscape": landscape,
+        "burgers": burgers,
+        "dfiv": dfiv,
+        "cifar10": classification.cifar10,
+        "cifar100": classification.cifar100,
+        "sensitivity": classification.sensitivity,
+        "algorithms": classification.algorithms,
+        "ablations": classification.ablations,
+        "imagenet": imagenet,
+        "theory": theory,
+        "results": results,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"quickstart": quickstart},
+            commands,
             prog="python -m benchmarks",
             description="Experiments with closed-form last layers. See also: <command> --help.",
         )

@@ -3,9 +3,9 @@
 Lines differ by dash as well as by color, so that prints in grey can be read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -105,3 +105,86 @@ def prediction(
         below.legend(ncols=len(predictions), loc="upper right")
         figure.savefig(path)
         plt.close(figure)
+
+
+class Line(NamedTuple):
+    """A curve of several runs.
+
+    Attributes:
+      x: (points,).
+      runs: (runs, points).
+      style: of the line, one of `LINES` unless given.
+    """
+
+    x: Sequence[float]
+    runs: np.ndarray
+    style: Mapping[str, Any] | None = None
+
+
+def panels_by_batch_size(
+    panels: Mapping[str, Mapping[str, Line]],
+    *,
+    path: Path,
+    ylabel: str,
+    xlabel: str = "iterations",
+    yscale: str = "linear",
+    xscale: str = "linear",
+    window: int = 5,
+) -> None:
+    """The paper's figures: one column per batch size, one line per method.
+
+    Lines are means over the runs, shades their 95 % confidence intervals, both smoothed over a
+    rolling window.
+
+    Args:
+      panels: title of the column -> label -> curve. Labels keep their style in all columns.
+      path: the .png to write.
+      ylabel: with its unit.
+      xlabel: the same for all columns.
+      yscale: "linear" or "log".
+      xscale: "linear" or "log".
+      window: number of points of the rolling average; 1 for none.
+    """
+    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    styles = {label: style_of(index) for index, label in enumerate(labels)}
+    with mpl.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            1,
+            len(panels),
+            figsize=(max(4.5, 3.3 * len(panels)), 4.1 + 0.22 * ((len(labels) + 3) // 4)),
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
+        )
+        legend = {}
+        for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
+            for label, line in curves.items():
+                style = {**styles[label], **(line.style or {})}
+                runs = np.array([rolling_mean(run, window) for run in line.runs])
+                mean = runs.mean(axis=0)
+                (legend[label],) = axes.plot(line.x, mean, **style)
+                if len(runs) > 1:
+                    half = 4.303 * runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
+                    low, high = mean - half, mean + half
+                    if yscale == "log":
+                        low = np.maximum(low, mean / 10)
+                    axes.fill_between(line.x, low, high, color=style["color"], alpha=0.12, lw=0)
+            axes.set(title=title, xlabel=xlabel, yscale=yscale, xscale=xscale)
+        grid[0, 0].set_ylabel(ylabel)
+        figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=4)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def rolling_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` values, of fewer at the beginning. NaN where one is not finite."""
+    values = np.where(np.isfinite(values), values, np.nan)
+    return np.array([values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))])
+
+
+def style_of(index: int) -> dict[str, Any]:
+    """Color and dash of a line; markers tell further rounds of the five apart."""
+    markers = ("", "o", "s", "^")
+    style = dict(LINES[index % len(LINES)])
+    marker = markers[index // len(LINES) % len(markers)]
+    return {**style, "marker": marker, "markersize": 4, "markevery": 4} if marker else style

@@ -67,7 +67,7 @@ class Records:
 
 @functools.cache
 def made_here() -> dict[str, str]:
-    """The machine and the versions that a result comes from. Not part of a key: a run is resumed."""
+    """Machine and versions that a result comes from. Not part of its key: runs are resumed."""
     device = jax.devices()[0]
     return {
         "date": datetime.date.today().isoformat(),

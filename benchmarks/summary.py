@@ -1,4 +1,4 @@
-"""What an experiment says in the end: tables, figures, and which of the paper's sentences hold here.
+"""What an experiment says in the end: tables, figures, and which sentences hold here.
 
 Above `records.py`, below the experiments. An experiment turns its records into a `Summary`; the
 terminal and `RESULTS.md` show the same one.

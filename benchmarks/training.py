@@ -21,12 +21,12 @@ class Curve(NamedTuple):
 
     Attributes:
       steps: after how many steps the error was measured.
-      errors: the measured errors; `math.inf` from divergence on.
+      errors: what was measured; `math.inf` from divergence on.
       seconds_per_step: median over the run, compilation excluded.
     """
 
     steps: list[int]
-    errors: list[float]
+    errors: list[Any]
     seconds_per_step: float
 
 
@@ -43,32 +43,32 @@ def batches(
 
 
 def train(
-    step: Callable[[Any, np.ndarray, np.ndarray], tuple[Any, jax.Array]],
+    step: Callable[..., tuple[Any, jax.Array]],
     state: Any,
-    data: Iterator[Batch],
+    data: Iterator[tuple[Any, Any]],
     *,
-    error: Callable[[Any], float],
+    error: Callable[[Any], Any],
     measure_at: set[int],
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> tuple[Any, Curve]:
     """Train until the data end or the loss is not finite.
 
     Args:
-      step: (state, inputs, targets) -> (state, loss), jitted.
+      step: (state, *item) -> (state, loss), jitted.
       state: what the step carries; only `step` and `error` look inside.
-      data: the batches.
-      error: measures a state; called after the steps in `measure_at`.
+      data: the items, usually inputs and targets of a batch.
+      error: measures a state, a number or several; called after the steps in `measure_at`.
       measure_at: numbers of steps.
       on_step: told the loss after every step.
 
     Returns:
       The last state and the curve. A run that diverged has infinite errors from there on.
     """
-    errors = dict.fromkeys(sorted(measure_at), math.inf)
+    errors: dict[int, Any] = dict.fromkeys(sorted(measure_at), math.inf)
     seconds = []
-    for count, (inputs, targets) in enumerate(data, start=1):
+    for count, item in enumerate(data, start=1):
         start = time.perf_counter()
-        state, device_loss = step(state, inputs, targets)
+        state, device_loss = step(state, *item)
         loss = float(device_loss)  # waits for the step: dispatch is asynchronous
         seconds.append(time.perf_counter() - start)
         on_step(loss)
@@ -76,7 +76,7 @@ def train(
             break
         if count in measure_at:
             measured = error(state)
-            errors[count] = measured if math.isfinite(measured) else math.inf
+            errors[count] = measured if np.all(np.isfinite(measured)) else math.inf
     # The first step compiles; the second may once more, for arrays that are now on the device.
     return state, Curve(
         list(errors), list(errors.values()), float(np.median(seconds[2:] or seconds))
@@ -107,6 +107,16 @@ def evaluator(
         return float(np.sum([float(s) for s in sums])) / targets.size
 
     return mean_squared_error
+
+
+def marks(num_steps: int, at_most: int) -> set[int]:
+    """Numbers of steps to measure at: evenly spaced, the last step among them, zero not."""
+    return {int(step) for step in np.linspace(0, num_steps, at_most + 1, dtype=int)} - {0}
+
+
+def chunk_size(targets: np.ndarray, rows_at_once: int = 2**14, at_most: int = 512) -> int:
+    """How many samples to evaluate at once: all positions of a sample count as rows."""
+    return max(1, min(at_most, rows_at_once // math.prod(targets.shape[1:-1])))
 
 
 def first_at_or_below(steps: Iterable[int], errors: Iterable[float], level: float) -> int | None:

@@ -685,29 +685,33 @@ def _dual(
     unpenalize = partial(_unpenalize, system, factor.extra)
     mu = system.bias_penalty
 
+    # alpha over delta, as one array: JAX transposes a linear solve only if all of its right-hand
+    # sides are linear in the input, and the last row may be a constant.
+    def stack(rows, last):
+        return rows if mu is None else jnp.concatenate([rows, last[None, :]])
+
     def matvec(unknowns):
-        alpha, delta = unknowns
-        rows = alpha + dot(z, unpenalize(dot(z.T, alpha)))
         if mu is None:
-            return rows, None
-        return rows + s * delta[None, :], jnp.sum(s * alpha, axis=0) - mu * delta
+            return unknowns + dot(z, unpenalize(dot(z.T, unknowns)))
+        alpha, delta = unknowns[:-1], unknowns[-1]
+        rows = alpha + dot(z, unpenalize(dot(z.T, alpha))) + s * delta[None, :]
+        return stack(rows, jnp.sum(s * alpha, axis=0) - mu * delta)
 
     if mu is not None:
         column = jax.lax.stop_gradient(cho_solve(factor.matrix, s))
         schur = jax.lax.stop_gradient(mu + jnp.sum(s * column))
 
     def solve_once(rhs):
-        alpha = cho_solve(factor.matrix, rhs[0])
         if mu is None:
-            return alpha, None
-        delta = (jnp.sum(jax.lax.stop_gradient(s) * alpha, axis=0) - rhs[1]) / schur
-        return alpha - column * delta[None, :], delta
+            return cho_solve(factor.matrix, rhs)
+        alpha = cho_solve(factor.matrix, rhs[:-1])
+        delta = (jnp.sum(jax.lax.stop_gradient(s) * alpha, axis=0) - rhs[-1]) / schur
+        return stack(alpha - column * delta[None, :], delta)
 
     def solve(_, rhs):
         unknowns = solve_once(rhs)
         for _ in range(steps):
-            left = jax.tree.map(jnp.subtract, rhs, matvec(unknowns))
-            unknowns = jax.tree.map(jnp.add, unknowns, solve_once(left))
+            unknowns = unknowns + solve_once(rhs - matvec(unknowns))
         return unknowns
 
     rows = None if rho is None else s * rho
@@ -719,7 +723,8 @@ def _dual(
     if last is not None and g is not None and g.bias is not None:
         last = -g.bias
 
-    alpha, delta = jax.lax.custom_linear_solve(matvec, (rows, last), solve, symmetric=True)
+    unknowns = jax.lax.custom_linear_solve(matvec, stack(rows, last), solve, symmetric=True)
+    alpha, delta = (unknowns, None) if mu is None else (unknowns[:-1], unknowns[-1])
     kernel = dot(z.T, alpha)
     return LinearHead(unpenalize(kernel if g is None else kernel + g.kernel), delta)
 

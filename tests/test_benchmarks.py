@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks import sweep
-from benchmarks.experiments import quickstart
 from benchmarks.data import burgers
+from benchmarks.experiments import quickstart
 from benchmarks.models.fno import FNO1d
 from benchmarks.records import Records
 

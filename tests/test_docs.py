@@ -1,4 +1,4 @@
-"""The README's code runs, its train steps are short, and the notebook is its paired script."""
+"""The README's code runs, its train steps are short, and each notebook is its paired script."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_readme_has_the_two_commands():
     assert 'python -m pip install -e ".[test]" && python -m pytest' in README
 
 
-@pytest.mark.parametrize("name", ["quickstart"])
+@pytest.mark.parametrize("name", ["quickstart", "theory"])
 def test_notebooks_are_paired(name):
     script = jupytext.read(ROOT / "notebooks" / f"{name}.py")
     notebook = jupytext.read(ROOT / "notebooks" / f"{name}.ipynb")

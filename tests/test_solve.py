@@ -322,6 +322,36 @@ def test_derivatives_through_the_solve(x64, solver, penalty, n, d):
     check_grads(kernel_and_bias, args, order=2, modes=["fwd", "rev"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("penalize_bias", [True, False])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_derivative_by_one_argument_alone(x64, solver, penalize_bias):
+    """What is constant must stay out of the way of the transposition (n < d: auto is dual)."""
+    p = make_problem(4, 7, 2, condition=10, penalty="scalar")
+    args = jax.tree.map(jnp.asarray, (p.features, p.targets, p.kernel, p.bias))
+    penalty = p.lam * jnp.eye(8).at[7, 7].set(float(penalize_bias))
+
+    def ours(features, targets, kernel, bias):
+        head = cfll.prox_solve(
+            features,
+            targets,
+            cfll.LinearHead(kernel, bias),
+            p.lam,
+            solver=solver,
+            penalize_bias=penalize_bias,
+        )
+        return jnp.concatenate([head.kernel, head.bias[None]])
+
+    def explicit(features, targets, kernel, bias):
+        phi = jnp.concatenate([features, jnp.ones((4, 1))], axis=1)
+        anchor = jnp.concatenate([kernel, bias[None]])
+        rhs = phi.T @ targets + penalty @ anchor
+        return jnp.linalg.solve(phi.T @ phi + penalty, rhs)
+
+    for argnum in range(4):
+        got, want = (jax.jacrev(f, argnum)(*args) for f in (ours, explicit))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
 def test_derivative_at_a_weight_of_zero(x64):
     rng = np.random.default_rng(0)
     features, targets = jnp.asarray(rng.normal(size=(3, 6))), jnp.asarray(rng.normal(size=(3, 1)))

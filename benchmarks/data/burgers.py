@@ -4,7 +4,8 @@
 
 Bottom of the benchmarks: knows neither models nor cfll. With this viscosity the solution is smooth,
 so it is solved on a few hundred points and *evaluated* on the paper's 8192 points by its Fourier
-series, which is exact. Only the solver's grid is cached (8 MB).
+series, which is exact. Only the solver's grid is cached (8 MB). Where the user has the paper's own
+file, it is read instead.
 
 Units: x in radians, u and t dimensionless.
 """
@@ -16,11 +17,16 @@ import exponax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.io
 from rich.progress import track
+
+from benchmarks.data.files import require
 
 DOMAIN = 2 * np.pi
 FINE_POINTS = 8192
 COARSE_POINTS = 256
+MAT_FILE = "burgers_data_R10.mat"
+MAT_SOURCE = "https://github.com/neuraloperator/neuraloperator (data sets of the FNO paper)"
 
 
 class BurgersSettings(NamedTuple):
@@ -64,16 +70,21 @@ class Splits(NamedTuple):
 DEFAULTS = BurgersSettings()
 
 
-def load_burgers(cache_folder: Path, settings: BurgersSettings = DEFAULTS) -> Splits:
+def load_burgers(
+    cache_folder: Path, settings: BurgersSettings = DEFAULTS, mat: Path | None = None
+) -> Splits:
     """The three splits, generated on the first call and read from `cache_folder` afterwards.
 
     Args:
       cache_folder: folder of the cache, made if it is not there.
-      settings: what to generate.
+      settings: what to generate; of no effect with `mat`.
+      mat: the paper's file, see `read_mat`; nothing is generated or cached then.
 
     Returns:
       Training and validation fields on 256 points, test fields on 8192 points, float32.
     """
+    if mat is not None:
+        return split(read_mat(mat))
     name = "burgers_" + "_".join(str(value) for value in settings) + ".npz"
     path = cache_folder / name
     if path.exists():
@@ -87,6 +98,47 @@ def load_burgers(cache_folder: Path, settings: BurgersSettings = DEFAULTS) -> Sp
         np.savez(partial, **fields._asdict())
         partial.rename(path)
     return split(fields)
+
+
+def read_mat(path: Path) -> Fields:
+    """The paper's data, from MATLAB's format 5, or 7.3 if h5py is installed.
+
+    Args:
+      path: `burgers_data_R10.mat`, or the folder that it is in.
+
+    Returns:
+      Fields on the points of the file, (2048, 8192) in the original, float32.
+
+    Raises:
+      FileNotFoundError: the file is not there.
+      ImportError: it is of format 7.3, and h5py is not installed.
+      ValueError: it does not hold `a` and `u` of one shape (samples, points).
+    """
+    if path.suffix != ".mat":
+        path = path / MAT_FILE
+    require(path, "a MATLAB file with a = u(x, 0) and u = u(x, 1), (samples, points)", MAT_SOURCE)
+    try:
+        arrays = scipy.io.loadmat(path, variable_names=("a", "u"))
+    except NotImplementedError:  # how SciPy says 7.3, which is HDF5
+        arrays = _read_mat_73(path)
+    if not {"a", "u"} <= set(arrays) or arrays["a"].shape != arrays["u"].shape:
+        raise ValueError(
+            f"{path} must hold `a` and `u` of one shape (samples, points); it holds "
+            f"{ {name: np.shape(arrays[name]) for name in arrays if name[0] != '_'} }."
+        )
+    return Fields(arrays["a"].astype(np.float32), arrays["u"].astype(np.float32))
+
+
+def _read_mat_73(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(
+            f"{path} is of MATLAB's format 7.3 (HDF5). Either install h5py, or convert the file "
+            "once, in MATLAB: load(file, 'a', 'u'); save(file, 'a', 'u', '-v7')."
+        ) from error
+    with h5py.File(path) as file:  # MATLAB writes by column: the axes come out reversed
+        return {name: file[name][()].T for name in ("a", "u") if name in file}
 
 
 def split(fields: Fields) -> Splits:
@@ -154,7 +206,7 @@ def resample(fields: Fields, num_points: int) -> Fields:
 
     def evaluate(values: np.ndarray) -> np.ndarray:
         n = values.shape[1]
-        if num_points < n:  # keep the points, do not filter: what a subsampled fine grid shows
+        if num_points <= n:  # keep the points, do not filter: what a subsampled fine grid shows
             return values[:, :: n // num_points]
         coefficients = np.fft.rfft(values, axis=1)
         return np.fft.irfft(coefficients, num_points, axis=1) * np.float32(num_points / n)

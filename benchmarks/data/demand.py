@@ -1,0 +1,116 @@
+"""The demand design: ticket sales by price, confounded; fully synthetic (Xu et al., 2020).
+
+    P = 25 + (C + 3) psi(T) + V,   Y = f(P, T, S) + e,   f(p, t, s) = 100 + (10 + p) s psi(t) - 2 p
+
+The noise in the price and that in the sales correlate by rho, so a regression of sales on price is
+biased. The cost C moves only the price: (C, T, S) is the instrument.
+
+Bottom of the benchmarks: NumPy only, knows neither models nor cfll. Units: price and cost in
+dollars, time t in [0, 10] through the year, customer type s in 1 .. 7, sales in tickets.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+NUM_VALIDATION = 400
+
+
+class Train(NamedTuple):
+    """What is observed, all float32.
+
+    Attributes:
+      treatment: price, (n, 1).
+      covariate: time and customer type, (n, 2).
+      instrument: cost, time and customer type, (n, 3).
+      outcome: sales, (n, 1).
+    """
+
+    treatment: np.ndarray
+    covariate: np.ndarray
+    instrument: np.ndarray
+    outcome: np.ndarray
+
+
+class Grid(NamedTuple):
+    """Points where the truth is known, float32.
+
+    Attributes:
+      treatment: price, (n, 1).
+      covariate: time and customer type, (n, 2).
+      structural: f, (n, 1).
+    """
+
+    treatment: np.ndarray
+    covariate: np.ndarray
+    structural: np.ndarray
+
+
+class DemandData(NamedTuple):
+    """Observations to train on, 400 points of the grid to select by, 2400 to report."""
+
+    train: Train
+    validation: Grid
+    test: Grid
+
+
+def psi(t: np.ndarray) -> np.ndarray:
+    """Demand through the year, a parabola-like curve with a peak at t = 5."""
+    return 2 * ((t - 5) ** 4 / 600 + np.exp(-4 * (t - 5) ** 2) + t / 10 - 2)
+
+
+def structural(p: np.ndarray, t: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """Sales f(p, t, s) without noise."""
+    return 100 + (10 + p) * s * psi(t) - 2 * p
+
+
+def sample(num_samples: int, seed: int, rho: float = 0.5) -> Train:
+    """Draw observations.
+
+    Args:
+      num_samples: n.
+      seed: of everything drawn.
+      rho: correlation of the noise in price and in sales, -1 to 1.
+    """
+    if not -1 <= rho <= 1:
+        raise ValueError(f"rho is a correlation, between -1 and 1, not {rho}.")
+    rng = np.random.default_rng(seed)
+    s = rng.integers(1, 8, num_samples)
+    t = rng.uniform(0, 10, num_samples)
+    cost, price_noise, other_noise = rng.standard_normal((3, num_samples))
+    price = 25 + (cost + 3) * psi(t) + price_noise
+    sales_noise = rho * price_noise + np.sqrt(1 - rho**2) * other_noise
+    return Train(
+        treatment=_columns(price),
+        covariate=_columns(t, s),
+        instrument=_columns(cost, t, s),
+        outcome=_columns(structural(price, t, s) + sales_noise),
+    )
+
+
+def make_demand(num_train: int, seed: int, rho: float = 0.5) -> DemandData:
+    """Draw observations; the grid and its split are the same for every seed.
+
+    Args:
+      num_train: number of observations (Xu et al.: 1000, 5000, 10,000).
+      seed: of the observations.
+      rho: correlation of the noise in price and in sales (Xu et al.: .1, .25, .5, .75, .9).
+
+    Returns:
+      Training data, and the grid of 20 prices x 20 times x 7 types as 400 points to validate and
+      2400 to test on.
+    """
+    axes = np.meshgrid(
+        np.linspace(10, 25, 20), np.linspace(0, 10, 20), np.arange(1, 8), indexing="ij"
+    )
+    p, t, s = (axis.reshape(-1) for axis in axes)
+    grid = Grid(_columns(p), _columns(t, s), _columns(structural(p, t, s)))
+    order = np.random.default_rng(0).permutation(len(p))
+    validation, test = (
+        Grid(*(values[part] for values in grid)) for part in np.split(order, [NUM_VALIDATION])
+    )
+    return DemandData(sample(num_train, seed, rho), validation, test)
+
+
+def _columns(*columns: np.ndarray) -> np.ndarray:
+    return np.stack(columns, axis=1).astype(np.float32)

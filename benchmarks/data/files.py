@@ -1,0 +1,26 @@
+"""Files that the user provides: nothing is downloaded at run time.
+
+Bottom of the benchmarks: knows no data set. A loader says what it wants, this says what is missing.
+"""
+
+from pathlib import Path
+
+
+def require(path: Path, layout: str, source: str) -> Path:
+    """The path, if there is something at it.
+
+    Args:
+      path: a file or a folder.
+      layout: what is expected there, in one phrase.
+      source: where the public copy is described.
+
+    Raises:
+      FileNotFoundError: it is not there; the message names the file, its layout, its source and the
+        option `--data`.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing. Expected: {layout}. Public copy: {source}. "
+            "Get it once and say where it is with --data FOLDER; nothing is downloaded here."
+        )
+    return path

@@ -1,0 +1,234 @@
+"""The methods that the experiments compare: one training step each, for any network with a head.
+
+Above `optimizers.py`, below `comparison.py`. A network is what `cfll.flax.linen_backbone` makes of
+a module with a dense layer called "head": its features come from there, its outputs are made here.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import cfll
+from benchmarks.optimizers import OPTIMIZERS, cosine_decay
+from cfll.iv import ApplyFn
+
+HEAD = "head"
+
+GRADIENT, TWO_TIMESCALE = "gradient", "two-timescale"
+RIDGE, AVERAGE, PROXIMAL = "ridge", "average of ridge", "proximal"
+ALGORITHM_1, ALGORITHM_2, EQUATION_17 = "Alg. 1", "Alg. 2", "Eq. (17)"
+
+AVERAGE_DECAY = 0.5  # of Barboni et al.
+
+
+class Method(NamedTuple):
+    """A row of a comparison.
+
+    Attributes:
+      optimizer: of the backbone, and of a gradient head: a key of `OPTIMIZERS`.
+      head: how the head is found: GRADIENT, TWO_TIMESCALE, RIDGE, AVERAGE or PROXIMAL.
+      order: of backbone and head within a step, for RIDGE and PROXIMAL.
+      loss: "l2", or "cross entropy" with a gradient head.
+      use_bias: whether the head has an intercept.
+      init: of the head's kernel: "zeros", "lecun", "xavier" or "he". `None`: zeros for closed-form
+        heads, the paper's best; LeCun, as Flax has it, for the others.
+    """
+
+    optimizer: str
+    head: str
+    order: str = ""
+    loss: str = "l2"
+    use_bias: bool = True
+    init: str | None = None
+
+    @property
+    def name(self) -> str:
+        """How a row is called where the optimizer is named elsewhere."""
+        if self.loss != "l2":
+            return self.loss
+        head = "l2" if self.head == GRADIENT else self.head
+        parts = [head, self.order, "" if self.use_bias else "no bias", self.init or ""]
+        return ", ".join(part for part in parts if part)
+
+    @property
+    def strength(self) -> str | None:
+        """What the second hyperparameter is called, if there is one."""
+        return {PROXIMAL: "lam", RIDGE: "beta", AVERAGE: "beta", TWO_TIMESCALE: "ratio"}.get(
+            self.head
+        )
+
+
+class Hyper(NamedTuple):
+    """What is tuned. Traced: one compiled step serves all values.
+
+    Attributes:
+      rate: learning rate at the first step; it decays to zero on a cosine.
+      strength: `lam`, `beta` (on a *sum* over samples) or the ratio of the head's rate to the
+        backbone's; ignored by methods without one.
+      num_steps: of the whole run, for the decay.
+    """
+
+    rate: jax.typing.ArrayLike
+    strength: jax.typing.ArrayLike
+    num_steps: jax.typing.ArrayLike
+
+
+class State(NamedTuple):
+    """What a step carries.
+
+    Attributes:
+      params: of backbone and head.
+      stats: running statistics of the network, or an empty dictionary.
+      opt_state: of the optimizer.
+    """
+
+    params: Any
+    stats: Any
+    opt_state: Any
+
+
+class Batch(NamedTuple):
+    """Samples of one step.
+
+    Attributes:
+      inputs: (n, ...).
+      targets: (n, ..., o), one-hot for classification.
+    """
+
+    inputs: Any
+    targets: Any
+
+
+INITIALIZERS: Mapping[str, jax.nn.initializers.Initializer] = {
+    "zeros": jax.nn.initializers.zeros,
+    "lecun": jax.nn.initializers.lecun_normal(),
+    "xavier": jax.nn.initializers.glorot_normal(),
+    "he": jax.nn.initializers.he_normal(),
+}
+
+
+def init(method: Method, hyper: Hyper, params: Any, stats: Any, seed: int) -> State:
+    """The first state of a run.
+
+    Args:
+      method: which.
+      hyper: its hyperparameters.
+      params: of the network; the head's are replaced.
+      stats: of the network.
+      seed: of the head's initialization.
+    """
+    shape = params[HEAD]["kernel"].shape
+    name = method.init or ("lecun" if method.head in (GRADIENT, TWO_TIMESCALE) else "zeros")
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    head = {"kernel": INITIALIZERS[name](key, shape, jnp.float32)}
+    if method.use_bias:
+        head["bias"] = jnp.zeros(shape[-1:], jnp.float32)
+    params = {**params, HEAD: head}
+    return State(params, stats, transformation(method, hyper).init(params))
+
+
+def transformation(method: Method, hyper: Hyper) -> Any:
+    """The optimizer of a method, alone or with a rule for the head."""
+    optimizer = OPTIMIZERS[method.optimizer](cosine_decay(hyper.rate, hyper.num_steps))
+    if method.head == GRADIENT:
+        return optimizer
+    if method.head == TWO_TIMESCALE:
+        return optax.chain(optimizer, optax.masked(optax.scale(hyper.strength), _only_head))
+    rule = {
+        RIDGE: lambda: cfll.ridge(hyper.strength),
+        AVERAGE: lambda: cfll.ema(hyper.strength, AVERAGE_DECAY),
+        PROXIMAL: lambda: cfll.prox(hyper.strength),
+    }[method.head]()
+    return cfll.closed_form(optimizer, rule, head=HEAD)
+
+
+def step(
+    method: Method, apply: ApplyFn, hyper: Hyper, state: State, batch: Batch, following: Batch
+) -> tuple[State, jax.Array]:
+    """One step of a method. Jit it with the first two arguments fixed.
+
+    Args:
+      method: which.
+      apply: (params, stats, inputs, train) -> (features, stats).
+      hyper: hyperparameters.
+      state: of the run.
+      batch: to learn from.
+      following: the next batch, which Algorithm 2 solves the head on; others ignore it.
+
+    Returns:
+      The next state and the loss of the batch.
+    """
+    tx = transformation(method, hyper)
+    anchor: Any = None
+    if method.head in (RIDGE, AVERAGE, PROXIMAL):
+        anchor = optax.tree.get(state.opt_state, "anchor")
+
+    def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+        features, stats = apply(params, state.stats, batch.inputs, train=True)
+        solution = None
+        if method.head == AVERAGE or (method.head == RIDGE and method.order == EQUATION_17):
+            # Solve first, then descend at that head; by Theorem 1 no derivative is lost.
+            ridge = cfll.ridge_solve(
+                jax.lax.stop_gradient(features),
+                batch.targets,
+                hyper.strength,
+                use_bias=method.use_bias,
+            )
+            mu = AVERAGE_DECAY if method.head == AVERAGE else 0.0
+            solution = jax.tree.map(lambda old, new: mu * old + (1 - mu) * new, anchor, ridge)
+            loss = l2_loss(solution(features), batch.targets)
+        elif method.order == EQUATION_17:
+            loss, solution = cfll.prox_loss(features, batch.targets, anchor, hyper.strength)
+        else:
+            outputs = cfll.get_head(params, HEAD)(features)
+            loss = LOSSES[method.loss](outputs, batch.targets)
+        return loss, (stats, solution)
+
+    (loss, (stats, solution)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    keywords: dict[str, Any] = {}
+    if solution is not None:
+        keywords = {"solution": solution}
+    elif anchor is not None:
+        solved_on = following if method.order == ALGORITHM_2 else batch
+
+        def feature_fn(params: Any) -> jax.Array:
+            return apply(params, state.stats, solved_on.inputs, train=True)[0]
+
+        keywords = {"targets": solved_on.targets, "feature_fn": feature_fn}
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, **keywords)
+    return State(optax.apply_updates(state.params, updates), stats, opt_state), loss
+
+
+def first_head(method: Method, apply: ApplyFn, hyper: Hyper, state: State, batch: Batch) -> State:
+    """Lines 3 and 4 of Algorithm 2: fit the head on the first batch, before the first step."""
+    anchor = optax.tree.get(state.opt_state, "anchor")
+    features, _ = apply(state.params, state.stats, batch.inputs, train=True)
+    head = cfll.prox_solve(features, batch.targets, anchor, hyper.strength)
+    params = cfll.set_head(state.params, HEAD, head)
+    return State(params, state.stats, transformation(method, hyper).init(params))
+
+
+def outputs(apply: ApplyFn, state: State, inputs: Any) -> jax.Array:
+    """What a trained network says, in evaluation mode."""
+    features, _ = apply(state.params, state.stats, inputs, train=False)
+    return cfll.get_head(state.params, HEAD)(features)
+
+
+def l2_loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean over samples, sum over outputs."""
+    return jnp.mean(jnp.sum(jnp.square(targets - outputs), axis=-1))
+
+
+def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean over samples; targets one-hot."""
+    return jnp.mean(optax.safe_softmax_cross_entropy(outputs, targets))
+
+
+LOSSES = {"l2": l2_loss, "cross entropy": cross_entropy}
+
+
+def _only_head(params: Any) -> Any:
+    return jax.tree.map(lambda is_backbone: not is_backbone, cfll.heads.backbone_mask(params, HEAD))
