@@ -3,6 +3,7 @@
 Bottom of the benchmarks: knows numbers only.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 Point = tuple[int, ...]
@@ -13,8 +14,9 @@ def descend(
 ) -> dict[Point, float]:
     """Coordinate search on a grid of indices.
 
-    Along one axis after the other, walk downhill until the best point lies between two worse ones
-    or at the end of the grid; stop when a whole round has changed nothing. For a cost with one
+    From a start of infinite cost, walk down the first axis (smaller rates) until it is finite.
+    Then, along one axis after the other, walk downhill until the best point lies between two worse
+    ones or at the end of the grid; stop when a whole round has changed nothing. For a cost with one
     valley along each axis this finds the grid's minimum at a fraction of its runs.
 
     Args:
@@ -33,6 +35,9 @@ def descend(
             tried[point] = cost(point)
 
     visit(start)
+    while math.isinf(tried[start]) and start[0] > 0 and len(tried) < at_most:
+        start = (start[0] - 1, *start[1:])
+        visit(start)
     unchanged = 0
     axis = 0
     while unchanged < len(sizes) and len(tried) < at_most:
@@ -53,3 +58,9 @@ def descend(
 def best_of(tried: dict[Point, float]) -> Point:
     """The point of lowest cost; the first one tried among equals."""
     return min(tried, key=lambda point: tried[point])
+
+
+def finalists(tried: dict[Point, float], number: int) -> list[Point]:
+    """The points of lowest finite cost, best first; the best one in any case."""
+    ranked = sorted(tried, key=lambda point: tried[point])
+    return ranked[:1] + [point for point in ranked[1:number] if math.isfinite(tried[point])]

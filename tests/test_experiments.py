@@ -201,6 +201,7 @@ def tiny_dfiv(monkeypatch):
     monkeypatch.setattr(dfiv, "RATES", (1e-3,))
     monkeypatch.setattr(dfiv, "PENALTIES", (100.0, 1000.0))
     monkeypatch.setattr(dfiv, "NUM_MEASUREMENTS", 3)
+    monkeypatch.setattr(dfiv, "METHODS", (dfiv.PROXIMAL, dfiv.ORIGINAL))
 
 
 def test_dfiv_runs_and_resumes(tiny_dfiv, tmp_path, monkeypatch, capsys):

@@ -163,3 +163,10 @@ def test_the_search_stops_at_the_edge_and_at_its_limit():
     assert best_of(descend(lambda p: -p[0], (0,), (5,))) == (4,)
     assert len(descend(lambda p: -p[0], (0,), (100,), at_most=7)) == 7
     assert best_of(descend(lambda p: float("inf"), (1, 1), (3, 3))) == (1, 1)
+
+
+def test_the_search_leaves_a_region_where_everything_diverges():
+    def cost(point):
+        return abs(point[0] - 1) + point[1] if point[0] < 3 else float("inf")
+
+    assert best_of(descend(cost, (8, 4), (10, 6))) == (1, 0)

@@ -27,20 +27,21 @@ from benchmarks.models import dfiv as models
 from benchmarks.progress import SweepProgress
 from benchmarks.records import Record, Records
 from benchmarks.training import marks, train
-from benchmarks.tuning import Point, best_of, descend
+from benchmarks.tuning import Point, best_of, descend, finalists
 from cfll import iv
 
 Preset = Literal["cpu", "paper"]
 Design = Literal["dsprites", "demand"]
-PROXIMAL, ORIGINAL = "DFIV proximal", "DFIV"
-METHODS = (PROXIMAL, ORIGINAL)
+PROXIMAL, PROXIMAL_1, ORIGINAL = "DFIV proximal", "DFIV proximal, lam12 = 1", "DFIV"
+METHODS = (PROXIMAL, ORIGINAL, PROXIMAL_1)
 
-LAM12 = 1e-4  # the paper's
+LAM12 = {PROXIMAL: 1e-4, PROXIMAL_1: 1.0}  # the paper's, and one that small batches like better
 # The paper's, taken per sample as in the code of Xu et al.: beta = 0.01 n on a sum. Read as 0.01 on
 # the sum, the refitted heads overfit the confounder; those errors are recorded, too.
 REFIT_BETA = 0.01
 WINDOW = 5  # measurements that a reported or compared error is the mean of, as in the paper's plots
 NUM_MEASUREMENTS = 15
+FINALISTS = 3
 PENALTIES = STRENGTHS["beta"]
 
 
@@ -71,7 +72,7 @@ SIZES: dict[tuple[Design, Preset], Size] = {
     ("demand", "paper"): Size(5000, 10_000, (64, 256, 1024, 5000), (0, 1, 2), 1.0),
 }
 
-START = {PROXIMAL: (1e-3, 100.0, 100.0), ORIGINAL: (1e-3, 100.0, 100.0)}
+START = (1e-3, 100.0, 100.0)
 
 
 MEASURED = (
@@ -152,8 +153,9 @@ def make_method(networks: iv.Networks, name: str, hyper: Any) -> iv.IVMethod:
         "treatment_optimizer": optax.adam(rate),
         "instrument_optimizer": optax.adam(rate),
     }
-    if name == PROXIMAL:
-        return iv.proximal(networks, **optimizers, lam1=penalty1, lam2=penalty2, lam12=LAM12)
+    if name in LAM12:
+        lams = {"lam1": penalty1, "lam2": penalty2, "lam12": LAM12[name]}
+        return iv.proximal(networks, **optimizers, **lams)
     return iv.original(networks, **optimizers, beta1=penalty1, beta2=penalty2)
 
 
@@ -201,11 +203,14 @@ class Runner:
         }
 
     def tune(self, method: str, batch_size: int) -> Outcome:
-        """Best hyperparameters by the last validation error of refitted heads, then all seeds."""
+        """Search on the first seed by the last validation errors of refitted heads.
+
+        One seed is noisy here: the best few are run on all seeds, and the best mean is taken.
+        """
         axes = (RATES, PENALTIES, PENALTIES)
         start = tuple(
             int(np.argmin(np.abs(np.log(axis) - math.log(value))))
-            for axis, value in zip(axes, START[method], strict=True)
+            for axis, value in zip(axes, START, strict=True)
         )
 
         def config(point: Point, seed: int) -> Config:
@@ -214,11 +219,16 @@ class Runner:
             )
             return Config(method, batch_size, rate, penalty1, penalty2, seed)
 
-        def cost(point: Point) -> float:
-            errors = self.run(config(point, self.size.seeds[0]))["validation_refitted"]
+        def cost(point: Point, seed: int = self.size.seeds[0]) -> float:
+            errors = self.run(config(point, seed))["validation_refitted"]
             return math.inf if None in errors[-WINDOW:] else float(np.mean(errors[-WINDOW:]))
 
-        best = best_of(descend(cost, start, [len(axis) for axis in axes]))
+        tried = descend(cost, start, [len(axis) for axis in axes])
+        means = {
+            point: float(np.mean([cost(point, seed) for seed in self.size.seeds]))
+            for point in finalists(tried, FINALISTS)
+        }
+        best = best_of(means)
         records = [self.run(config(best, seed)) for seed in self.size.seeds]
 
         def curves(name: str) -> np.ndarray:
@@ -392,7 +402,7 @@ def stage2_times(
     task = load(design, size.num_train, 0, file)
     networks = make_networks(design, size.width_factor, 0, task.train)
     hyper = (1e-3, 100.0, 100.0)
-    methods = {name: make_method(networks, name, hyper) for name in METHODS}
+    methods = {name: make_method(networks, name, hyper) for name in (PROXIMAL, ORIGINAL)}
     state = methods[PROXIMAL].init(jax.tree.map(lambda a: a[:2], task.train))
     steps = {name: jax.jit(method.stage2) for name, method in methods.items()}
     steps["DFIV, as published"] = jax.jit(published_stage2(networks, optax.adam(1e-3), *hyper[1:]))
@@ -469,7 +479,7 @@ def summary_of(
 ) -> summary.Summary:
     """Table, figure and claims."""
     found = {(o.config.method, o.config.batch_size): o for o in outcomes}
-    sizes = [b for b in size.batch_sizes if all((m, b) in found for m in METHODS)]
+    sizes = [b for b in size.batch_sizes if all((m, b) in found for m in (PROXIMAL, ORIGINAL))]
     rows = []
     for (method, batch_size), outcome in sorted(found.items(), key=lambda item: item[0][1]):
         rows.append(
@@ -527,8 +537,9 @@ def summary_of(
         path = figures / f"dfiv_{design}.png"
         panels: dict[str, dict[str, plots.Line]] = {}
         for outcome in outcomes:
-            method, color = outcome.config.method, ("black", "#D55E00")
-            style = {"color": color[METHODS.index(method)], "marker": "os"[METHODS.index(method)]}
+            method = outcome.config.method
+            index = METHODS.index(method)
+            style = {"color": plots.LINES[index]["color"], "marker": "os^"[index]}
             lines = panels.setdefault(f"batch size {outcome.config.batch_size}", {})
             for name, runs, dash in (
                 ("refitted", outcome.refitted, "-"),
@@ -548,12 +559,13 @@ def summary_of(
         f"{'dSprites hearts rendered by us' if design == 'dsprites' else 'Demand design, rho 0.5'}"
         f", {size.num_train} observations, {size.rounds} rounds of T1 = 20 and T2 = 1, hidden "
         f"widths {size.width_factor:g} times those of the published networks, Adam, "
-        f"lam12 = {LAM12:g}. Rate and both penalties are tuned for both methods on the same "
-        "grids (half decades, decades) along one axis after the other, by the last validation "
-        f"error with refitted heads, on seed {size.seeds[0]}; the best is run on seeds "
-        f"{', '.join(map(str, size.seeds))}. Refitted: ridge on all n observations with beta = "
-        f"{REFIT_BETA:g} n on the sum, the unit of Xu et al.'s code. Errors are means over the "
-        f"last {WINDOW} of {NUM_MEASUREMENTS} measurements, as the paper's curves are."
+        f"lam12 = {LAM12[PROXIMAL]:g} unless it is said otherwise. Rate and both penalties are "
+        "tuned for all methods on the same grids (half decades, decades) along one axis after the "
+        f"other, by the last validation errors with refitted heads, on seed {size.seeds[0]}; the "
+        f"best {FINALISTS} are run on seeds {', '.join(map(str, size.seeds))}, and the best mean "
+        f"is taken. Refitted: ridge on all n observations with beta = {REFIT_BETA:g} n on the sum, "
+        f"the unit of Xu et al.'s code. Errors are means over the last {WINDOW} of "
+        f"{NUM_MEASUREMENTS} measurements, as the paper's curves are."
     )
     return summary.Summary(
         title=f"Figure 3: deep-feature instrumental variables, {design}",
@@ -573,8 +585,8 @@ def claims_of(
         return []
     smallest, largest = min(sizes), max(sizes)
 
-    def pair(batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        proximal, original = (found[method, batch_size].last("refitted") for method in METHODS)
+    def pair(batch_size: int, name: str = PROXIMAL) -> tuple[np.ndarray, np.ndarray]:
+        proximal, original = (found[m, batch_size].last("refitted") for m in (name, ORIGINAL))
         return proximal, original
 
     small, large = pair(smallest), pair(largest)
@@ -602,6 +614,16 @@ def claims_of(
             "; ".join(f"B = {b}: {100 * gap:.0f} %" for b, gap in gaps.items()),
         ),
     ]
+    if (PROXIMAL_1, smallest) in found:
+        tuned = pair(smallest, PROXIMAL_1)
+        claims.append(
+            summary.Claim(
+                "With lam12 = 1 instead of the paper's 1e-4, proximal outperforms DFIV at the "
+                "smallest batch (ours).",
+                bool(tuned[0].mean() < tuned[1].mean()),
+                f"B = {smallest}: {tuned[0].mean():.3g} against {tuned[1].mean():.3g}",
+            )
+        )
     for name in (ORIGINAL, "DFIV, as published"):
         ratios = {b: record[name][1] / record[PROXIMAL][1] for b, record in times.items()}
         claims.append(
