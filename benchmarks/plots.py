@@ -147,11 +147,14 @@ def panels_by_batch_size(
     """
     labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
     styles = {label: style_of(index) for index, label in enumerate(labels)}
+    width = max(5.0, 3.3 * len(panels))
+    columns = max(1, int(width / 2.6))  # of the legend
+    rows = -(-len(labels) // columns)
     with mpl.rc_context(STYLE):
         figure, grid = plt.subplots(
             1,
             len(panels),
-            figsize=(max(4.5, 3.3 * len(panels)), 4.1 + 0.22 * ((len(labels) + 3) // 4)),
+            figsize=(width, 3.6 + 0.25 * rows),
             sharey=True,
             squeeze=False,
             layout="constrained",
@@ -171,7 +174,7 @@ def panels_by_batch_size(
                     axes.fill_between(line.x, low, high, color=style["color"], alpha=0.12, lw=0)
             axes.set(title=title, xlabel=xlabel, yscale=yscale, xscale=xscale)
         grid[0, 0].set_ylabel(ylabel)
-        figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=4)
+        figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=columns)
         figure.savefig(path)
         plt.close(figure)
 
