@@ -53,6 +53,7 @@ SECTIONS = (
 
 def sections(runs: Path, figures: Path) -> Iterator[tuple[Records, summary.Summary]]:
     """All summaries that have numbers, with the records they come from."""
+    seen = []  # presets may be the same
     for section in SECTIONS:
         path = runs / section.file
         if not path.exists():
@@ -63,7 +64,9 @@ def sections(runs: Path, figures: Path) -> Iterator[tuple[Records, summary.Summa
                 found = section.summarize(records, figures, preset=preset)
             except KeyError:  # an experiment that does not have this preset
                 continue
-            if any(table.rows for table in found.tables):
+            numbers = (found.title, found.tables)
+            if any(table.rows for table in found.tables) and numbers not in seen:
+                seen.append(numbers)
                 yield records, found
 
 
