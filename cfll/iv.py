@@ -124,7 +124,8 @@ class IVState(NamedTuple):
       count2: stage-2 updates so far, int32.
       info1: how W was solved last.
       info2: how w was solved last.
-      skipped: heads that were not finite and therefore not used, int32.
+      skipped: heads that were not finite and therefore not used, int32. A batch with NaN moves the
+        networks all the same: protect them with ``optax.apply_if_finite``.
     """
 
     treatment: NetState
@@ -364,10 +365,8 @@ def _method(
         outcome = _outcome(batch)
         dtype = widest_dtype(psi, phi, outcome)
         return IVState(
-            treatment=NetState(pair.params, pair.stats, treatment_optimizer.init(pair.params)),
-            instrument=NetState(
-                instrument.params, instrument.stats, instrument_optimizer.init(instrument.params)
-            ),
+            treatment=_start(pair.params, pair.stats, treatment_optimizer),
+            instrument=_start(instrument.params, instrument.stats, instrument_optimizer),
             stage1=LinearHead.zeros(phi.shape[1], psi.shape[1], use_bias, dtype),
             stage2=LinearHead.zeros(d_combined, outcome.shape[1], use_bias, dtype),
             count1=jnp.zeros((), jnp.int32),
@@ -575,6 +574,12 @@ def _pair(networks: Networks) -> _Pair:
 
 def _given() -> solve.SolveInfo:
     return solve.SolveInfo(jnp.int32(solve.ROUTES.index("given")), jnp.float32(1))
+
+
+def _start(params: Any, stats: Any, optimizer: optax.GradientTransformation) -> NetState:
+    """A network before training, copied: a state can be donated, and its source used again."""
+    params, stats = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (params, stats))
+    return NetState(params, stats, optimizer.init(params))
 
 
 def _descend(optimizer: optax.GradientTransformation, grads: Any, net: NetState) -> tuple[Any, Any]:
