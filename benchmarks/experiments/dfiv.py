@@ -640,11 +640,13 @@ def claims_of(
         )
     for name in (PROXIMAL, PROXIMAL_1):
         both = [b for b in sizes if (name, b) in found]
+        if not both:
+            continue
         heads = {b: [found[m, b].last("current").mean() for m in (name, ORIGINAL)] for b in both}
         claims.append(
             summary.Claim(
                 f"Evaluated with current heads, {name} outperforms {ORIGINAL} (ours).",
-                all(ours < theirs for ours, theirs in heads.values()) if both else None,
+                all(ours < theirs for ours, theirs in heads.values()),
                 "; ".join(f"B = {b}: {x:.3g} against {y:.3g}" for b, (x, y) in heads.items()),
             )
         )
