@@ -236,6 +236,28 @@ def check_same_head(expected: LinearHead, given: LinearHead, name: str) -> None:
         )
 
 
+def accept_finite(new: LinearHead, old: LinearHead) -> tuple[LinearHead, jax.Array]:
+    """The new head if it is finite, else the old one.
+
+    Args:
+      new: the head just solved.
+      old: the head before; sets the dtypes.
+
+    Returns:
+      The head to use, and whether it is the new one, a boolean scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> old = LinearHead.zeros(2, 1)
+      >>> kept, accepted = accept_finite(LinearHead(jnp.full((2, 1), jnp.nan), jnp.ones(1)), old)
+      >>> float(kept.bias[0]), bool(accepted)
+      (0.0, False)
+    """
+    new = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), new, old)
+    accepted = jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]))
+    return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old), accepted
+
+
 def split_path(head: HeadPath) -> tuple[str, ...]:
     """Normalize a head's address to a tuple of names; ``""`` is the root of the tree.
 

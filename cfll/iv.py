@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import optax
 
 from cfll import objectives, solve
-from cfll.heads import LinearHead, widest_dtype
+from cfll.heads import LinearHead, accept_finite, widest_dtype
 from cfll.stats import GramStats
 
 # Networks, data and state -------------------------------------------------------------------------
@@ -371,8 +371,8 @@ def _method(
             stage2=LinearHead.zeros(d_combined, outcome.shape[1], use_bias, dtype),
             count1=jnp.zeros((), jnp.int32),
             count2=jnp.zeros((), jnp.int32),
-            info1=_given(),
-            info2=_given(),
+            info1=solve.given(),
+            info2=solve.given(),
             skipped=jnp.zeros((), jnp.int32),
         )
 
@@ -387,24 +387,16 @@ def _method(
         return features
 
     def stage1_update(state, inputs, targets):
-        net, anchor = state.instrument, state.stage1
+        net = state.instrument
 
         def features_of(params):
             return networks.instrument.apply(params, net.stats, inputs, train=True)
 
-        def loss_fn(params):
-            features, stats = features_of(params)
-            loss, head = stage1.loss(features, targets, anchor)
-            return loss, (stats, head)
-
-        (loss, (stats, head)), grads = jax.value_and_grad(loss_fn, has_aux=True)(net.params)
-        params, opt_state = _descend(instrument_optimizer, grads, net)
-        info = _given()
-        if stage1.head is not None:
-            head, info = stage1.head(features_of(params)[0], targets, anchor)
-        head, rejected = _accept(head, anchor)
+        net, head, info, rejected, loss = _update(
+            stage1, instrument_optimizer, features_of, net, targets, state.stage1
+        )
         state = state._replace(
-            instrument=NetState(params, stats, opt_state),
+            instrument=net,
             stage1=head,
             count1=state.count1 + 1,
             info1=info,
@@ -413,7 +405,7 @@ def _method(
         return state, loss
 
     def stage2_step(state: IVState, batch1: IVBatch, batch2: IVBatch) -> tuple[IVState, jax.Array]:
-        net, anchor, outcome = state.treatment, state.stage2, _outcome(batch2)
+        net = state.treatment
 
         def instrument_features(inputs):
             return networks.instrument.apply(
@@ -434,19 +426,11 @@ def _method(
             )
             return _products(predicted, covariate2), (stats, covariate_stats)
 
-        def loss_fn(params):
-            features, stats = features_of(params)
-            loss, head = stage2.loss(features, outcome, anchor)
-            return loss, (stats, head)
-
-        (loss, (stats, head)), grads = jax.value_and_grad(loss_fn, has_aux=True)(net.params)
-        params, opt_state = _descend(treatment_optimizer, grads, net)
-        info = _given()
-        if stage2.head is not None:
-            head, info = stage2.head(features_of(params)[0], outcome, anchor)
-        head, rejected = _accept(head, anchor)
+        net, head, info, rejected, loss = _update(
+            stage2, treatment_optimizer, features_of, net, _outcome(batch2), state.stage2
+        )
         state = state._replace(
-            treatment=NetState(params, stats, opt_state),
+            treatment=net,
             stage2=head,
             count2=state.count2 + 1,
             info2=info,
@@ -572,27 +556,39 @@ def _pair(networks: Networks) -> _Pair:
     return _Pair((treatment.params, covariate.params), (treatment.stats, covariate.stats))
 
 
-def _given() -> solve.SolveInfo:
-    return solve.SolveInfo(jnp.int32(solve.ROUTES.index("given")), jnp.float32(1))
-
-
 def _start(params: Any, stats: Any, optimizer: optax.GradientTransformation) -> NetState:
     """A network before training, copied: a state can be donated, and its source used again."""
     params, stats = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), (params, stats))
     return NetState(params, stats, optimizer.init(params))
 
 
-def _descend(optimizer: optax.GradientTransformation, grads: Any, net: NetState) -> tuple[Any, Any]:
+def _update(
+    stage: _Stage,
+    optimizer: optax.GradientTransformation,
+    features_of: Callable[[Any], tuple[jax.Array, Any]],
+    net: NetState,
+    targets: jax.Array,
+    anchor: LinearHead,
+) -> tuple[NetState, LinearHead, solve.SolveInfo, jax.Array, jax.Array]:
+    """One update of a network and of its head: lines 8 and 9, or 12 to 14, of Algorithm 3.
+
+    Returns:
+      The network, the head, how it was solved, whether it was rejected (int32), and the loss.
+    """
+
+    def loss_fn(params):
+        features, stats = features_of(params)
+        loss, head = stage.loss(features, targets, anchor)
+        return loss, (stats, head)
+
+    (loss, (stats, head)), grads = jax.value_and_grad(loss_fn, has_aux=True)(net.params)
     updates, opt_state = optimizer.update(grads, net.opt_state, net.params)
-    return optax.apply_updates(net.params, updates), opt_state
-
-
-def _accept(new: LinearHead, old: LinearHead) -> tuple[LinearHead, jax.Array]:
-    """The new head if it is finite, else the old one; and whether it was rejected, int32."""
-    new = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), new, old)
-    finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]))
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-    return kept, (~finite).astype(jnp.int32)
+    params = optax.apply_updates(net.params, updates)
+    info = solve.given()
+    if stage.head is not None:
+        head, info = stage.head(features_of(params)[0], targets, anchor)
+    head, accepted = accept_finite(head, anchor)
+    return NetState(params, stats, opt_state), head, info, (~accepted).astype(jnp.int32), loss
 
 
 def _with_covariates(

@@ -72,6 +72,15 @@ class SolveInfo(NamedTuple):
     rcond: jax.Array
 
 
+def given() -> SolveInfo:
+    """The diagnostics of a head that was not solved here.
+
+    Returns:
+      Route "given", reciprocal condition number 1.
+    """
+    return SolveInfo(jnp.int32(ROUTES.index("given")), jnp.float32(1))
+
+
 def ridge_solve(
     features: jax.Array,
     targets: jax.Array,

@@ -156,7 +156,7 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
 
         if solution is not None:
             heads.check_same_head(state.anchor, solution, "solution")
-            new, rule_state, info = solution, state.rule_state, _GIVEN
+            new, rule_state, info = solution, state.rule_state, solve.given()
         else:
             if feature_fn is not None:
                 still = jax.tree.map(
@@ -175,16 +175,10 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
             )
             heads.check_same_head(state.anchor, new, "the head that the rule returned")
 
-        new = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), new, state.anchor)
-        accepted = jnp.all(
-            jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)])
+        anchor, accepted = heads.accept_finite(new, state.anchor)
+        rule_state = jax.tree.map(
+            lambda a, b: jnp.where(accepted, a, b), rule_state, state.rule_state
         )
-
-        def keep_if_rejected(new_leaf, old_leaf):
-            return jnp.where(accepted, new_leaf, old_leaf)
-
-        anchor = jax.tree.map(keep_if_rejected, new, state.anchor)
-        rule_state = jax.tree.map(keep_if_rejected, rule_state, state.rule_state)
         old = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), old, anchor)
         step = heads.set_head(params, head, jax.tree.map(jnp.subtract, anchor, old))
         updates = jax.tree.map(
@@ -248,8 +242,6 @@ def closed_form(
 
     return optax.chain(optax.masked(backbone, mask), closed_form_head(rule, head))
 
-
-_GIVEN = solve.SolveInfo(route=solve.ROUTES.index("given"), rcond=1.0)  # type: ignore[arg-type]
 
 _EXAMPLE = (
     "tx.update(grads, state, params, targets=y, feature_fn=lambda p: "
