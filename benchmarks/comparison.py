@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+import cfll.flax
 from benchmarks import methods, training
 from benchmarks.methods import Batch, Hyper, Method, State
 from benchmarks.progress import SweepProgress
@@ -324,6 +325,18 @@ def compare(
     return outcomes
 
 
+def network(model: Any, seed: int, inputs: Any) -> Backbone:
+    """A linen module with a head as a backbone that keeps the head's parameters.
+
+    Args:
+      model: has a method `features` and a dense layer `head`.
+      seed: of its initialization.
+      inputs: sets the shapes.
+    """
+    variables = model.init(jax.random.key(seed), np.asarray(inputs, np.float32))
+    return cfll.flax.linen_backbone(model, variables, method="features")
+
+
 def measurement(metric: str, outputs: Callable[..., jax.Array]) -> Callable[[State, Batch], float]:
     """A state's mean squared error (over samples and outputs), or its accuracy, in chunks."""
 
@@ -355,15 +368,6 @@ def label_of(config: Config) -> str:
         f"B {config.batch_size:<5} {method.optimizer:<5}{method.name:<26} "
         f"rate {config.rate:<7g} {strength:<11} seed {config.seed}"
     )
-
-
-def interval(values: np.ndarray) -> float:
-    """Half the width of a 95 % confidence interval of the mean, by Student's t."""
-    n = len(values)
-    if n < 2:
-        return math.nan
-    quantile = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(n, 1.96)
-    return float(quantile * np.std(values, ddof=1) / math.sqrt(n))
 
 
 def _with_following(batches: Iterator[Batch]) -> Iterator[tuple[Batch, Batch]]:

@@ -3,14 +3,14 @@
 Between `comparison.py` and the experiments.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import plots
-from benchmarks.comparison import Outcome, interval
+from benchmarks.comparison import Outcome
+from benchmarks.intervals import half_interval
 from benchmarks.methods import Method
 from benchmarks.summary import Claim, Table
 
@@ -125,13 +125,13 @@ def higher(left: Outcome, right: Outcome) -> bool:
 def level(left: Outcome, right: Outcome) -> bool:
     """Whether the 95 % intervals of the means overlap."""
     apart = abs(left.final.mean() - right.final.mean())
-    return bool(apart <= interval(left.final) + interval(right.final))
+    return bool(apart <= half_interval(left.final) + half_interval(right.final))
 
 
 def mean_and_interval(values: np.ndarray, digits: str) -> str:
     """`mean +- half width of the 95 % interval`."""
     if not np.all(np.isfinite(values)):
         return "diverged"
-    half = interval(values)
+    half = half_interval(values)
     mean = f"{values.mean():{digits}}"
-    return mean if math.isnan(half) else f"{mean} ± {half:{digits}}"
+    return mean if np.isnan(half) else f"{mean} ± {half:{digits}}"

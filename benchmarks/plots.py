@@ -11,6 +11,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.intervals import half_interval
+
 # Okabe-Ito colors and one dash pattern each.
 LINES: tuple[dict[str, Any], ...] = (
     {"color": "black", "linestyle": "-"},
@@ -167,7 +169,7 @@ def panels_by_batch_size(
                 mean = runs.mean(axis=0)
                 (legend[label],) = axes.plot(line.x, mean, **style)
                 if len(runs) > 1:
-                    half = 4.303 * runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
+                    half = half_interval(runs)
                     low, high = mean - half, mean + half
                     if yscale == "log":
                         low = np.maximum(low, mean / 10)

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 import cfll
 from benchmarks import methods
+from benchmarks.intervals import half_interval
 from benchmarks.methods import (
     ALGORITHM_1,
     ALGORITHM_2,
@@ -170,3 +172,14 @@ def test_the_search_leaves_a_region_where_everything_diverges():
         return abs(point[0] - 1) + point[1] if point[0] < 3 else float("inf")
 
     assert best_of(descend(cost, (8, 4), (10, 6))) == (1, 0)
+
+
+@pytest.mark.parametrize("runs", [2, 3, 7])
+def test_the_interval_is_student_s(runs):
+    values = np.random.default_rng(0).normal(size=(runs, 4))
+    expected = scipy.stats.t.interval(
+        0.95, runs - 1, values.mean(axis=0), scipy.stats.sem(values, axis=0)
+    )
+    half = half_interval(values)
+    np.testing.assert_allclose(values.mean(axis=0) + half, expected[1])
+    assert np.isnan(half_interval(values[:1])).all()

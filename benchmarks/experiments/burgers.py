@@ -7,14 +7,12 @@ import dataclasses
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 from rich.console import Console
 
-import cfll.flax
 from benchmarks import findings, summary
-from benchmarks.comparison import Comparison, Data, Outcome, Problem, compare
+from benchmarks.comparison import Comparison, Data, Outcome, Problem, compare, network
 from benchmarks.data import burgers as data
 from benchmarks.experiments.quickstart import scaling_of, standardize
 from benchmarks.methods import (
@@ -32,7 +30,6 @@ from benchmarks.methods import (
 from benchmarks.models.fno import FNO1d
 from benchmarks.progress import SweepProgress
 from benchmarks.records import Records
-from cfll.iv import Backbone
 
 Preset = Literal["cpu", "paper"]
 
@@ -90,12 +87,6 @@ def load(folder: Path, mat: Path | None) -> Data:
     stride = data.FINE_POINTS // data.COARSE_POINTS
     coarse = Batch(fine.inputs[:, ::stride], fine.targets[:, ::stride])
     return Data(train, validation, coarse, fine, scale=scalings[1].std ** 2)
-
-
-def network(model: Any, seed: int, inputs: Any) -> Backbone:
-    """The operator network as a backbone that keeps its head's parameters."""
-    variables = model.init(jax.random.key(seed), inputs)
-    return cfll.flax.linen_backbone(model, variables, method="features")
 
 
 def make_problem(size: Size, folder: Path, mat: Path | None) -> Problem:

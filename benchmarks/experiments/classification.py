@@ -14,11 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from rich.console import Console
 
-import cfll.flax
 from benchmarks import findings, plots, summary
 from benchmarks.comparison import (
     STRENGTHS,
@@ -29,6 +27,7 @@ from benchmarks.comparison import (
     Outcome,
     Problem,
     compare,
+    network,
 )
 from benchmarks.data import cifar, omniglot
 from benchmarks.methods import (
@@ -47,7 +46,6 @@ from benchmarks.models.cnn import CNN
 from benchmarks.models.resnet import ResNet18
 from benchmarks.progress import SweepProgress
 from benchmarks.records import Records
-from cfll.iv import Backbone
 
 Preset = Literal["cpu", "paper"]
 DataSet = Literal["cifar10", "cifar100", "omniglot"]
@@ -172,12 +170,6 @@ def load(name: DataSet, size: Size, folder: Path) -> Data:
 def augment(batch: Batch, rng: np.random.Generator) -> Batch:
     """Shift and mirror, then standardize."""
     return batch._replace(inputs=cifar.normalize(cifar.augment(batch.inputs, rng)))
-
-
-def network(model: Any, seed: int, inputs: Any) -> Backbone:
-    """A classifier as a backbone that keeps its head's parameters."""
-    variables = jax.jit(model.init)(jax.random.key(seed), np.asarray(inputs, np.float32))
-    return cfll.flax.linen_backbone(model, variables, method="features")
 
 
 def make_problem(name: DataSet, size: Size, folder: Path | None) -> Problem:
@@ -573,11 +565,7 @@ def ablation_methods() -> list[Method]:
 def summarize(
     command: str, name: DataSet, records: Records, figures: Path, preset: Preset = "cpu"
 ) -> summary.Summary:
-    """Replay one of the commands on its records.
-
-    Raises:
-      KeyError: if the data set does not have this preset.
-    """
+    """Replay one of the commands on its records; the data set must have the preset."""
     size = SIZES[name, preset]
     comparison = Comparison(make_problem(name, size, None), records, train=False)
     return answer(command, comparison, name, size, figures, preset)

@@ -15,7 +15,7 @@ from benchmarks import summary
 from benchmarks.experiments import burgers, classification, dfiv, imagenet, landscape, theory
 from benchmarks.records import Records
 
-PRESETS = ("cpu", "paper")
+BOTH = ("cpu", "paper")
 HOME = Path(__file__).parents[1]
 
 
@@ -25,13 +25,18 @@ class Section(NamedTuple):
     Attributes:
       file: name of the records, without folder.
       summarize: (records, folder for figures, preset=...) -> summary.
+      presets: those that the experiment has for these records.
     """
 
     file: str
     summarize: Callable[..., summary.Summary]
+    presets: tuple[str, ...] = BOTH
 
 
-MANY_CLASSES: tuple[classification.DataSet, ...] = ("omniglot", "cifar100")
+MANY_CLASSES: tuple[tuple[classification.DataSet, str], ...] = (
+    ("omniglot", "cpu"),
+    ("cifar100", "paper"),
+)
 
 SECTIONS = (
     Section("landscape.jsonl", landscape.summarize),
@@ -42,8 +47,8 @@ SECTIONS = (
     ),
     Section("cifar10.jsonl", partial(classification.summarize, "cifar10", "cifar10")),
     *(
-        Section(f"{name}.jsonl", partial(classification.summarize, command, name))
-        for name in MANY_CLASSES
+        Section(f"{name}.jsonl", partial(classification.summarize, command, name), (preset,))
+        for name, preset in MANY_CLASSES
         for command in ("cifar100", "sensitivity", "algorithms", "ablations")
     ),
     Section("imagenet.jsonl", imagenet.summarize),
@@ -59,11 +64,8 @@ def sections(runs: Path, figures: Path) -> Iterator[tuple[Records, summary.Summa
         if not path.exists():
             continue
         records = Records(path)
-        for preset in PRESETS:
-            try:
-                found = section.summarize(records, figures, preset=preset)
-            except KeyError:  # an experiment that does not have this preset
-                continue
+        for preset in section.presets:
+            found = section.summarize(records, figures, preset=preset)
             numbers = (found.title, found.tables)
             if any(table.rows for table in found.tables) and numbers not in seen:
                 seen.append(numbers)
