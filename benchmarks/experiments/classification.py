@@ -77,13 +77,13 @@ class Size:
 PAPER_BATCH_SIZES = (32, 128, 1024, 4096)
 SIZES: dict[tuple[DataSet, Preset], Size] = {
     ("cifar10", "cpu"): Size(
-        CNN(widths=(64, 128), patch=4),
+        CNN(widths=(32, 64), patch=4),
         8,
         (32, 128, 1024),
         num_train=10_000,
         num_curve=2500,
     ),
-    ("omniglot", "cpu"): Size(CNN(widths=(64, 128), patch=4, num_outputs=242), 20, (32, 128, 1024)),
+    ("omniglot", "cpu"): Size(CNN(widths=(32, 64), patch=4, num_outputs=242), 20, (32, 128, 1024)),
     ("cifar10", "paper"): Size(ResNet18(), 100, PAPER_BATCH_SIZES, augmented=True),
     ("cifar100", "paper"): Size(ResNet18(num_outputs=100), 100, PAPER_BATCH_SIZES, augmented=True),
 }
