@@ -1,9 +1,10 @@
 """cfll: networks whose last linear layer is solved in closed form at every step.
 
-Layers, bottom to top: `heads`, `solve`, `stats`, `objectives`, `rules`, `transform`; beside the
-last, `cfll.iv` has two-stage heads. `cfll.flax` is imported by those who use Flax.
+Layers, bottom to top: `heads`, `cg`, `solve`, `stats`, `objectives`, `rules`, `transform`; beside
+the last, `cfll.iv` has two-stage heads. `cfll.flax` is imported by those who use Flax.
 """
 
+from cfll.cg import CG
 from cfll.heads import LinearHead, get_head, set_head
 from cfll.objectives import prox_loss, ridge_loss
 from cfll.rules import Rule, ema, prox, ridge
@@ -14,6 +15,7 @@ from cfll.transform import ClosedFormState, HeadInfo, closed_form, closed_form_h
 __version__ = "0.1.0"
 
 __all__ = [
+    "CG",
     "ClosedFormState",
     "GramStats",
     "HeadInfo",

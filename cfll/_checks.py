@@ -10,16 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cfll.cg import CG
 from cfll.heads import LinearHead
 
-SOLVERS = ("auto", "primal", "dual", "qr")
+SOLVERS = ("auto", "primal", "dual", "qr", "cg")
 
 
-def check_solver(solver: str) -> None:
+def check_solver(solver: Any) -> None:
     """Refuse an unknown solver."""
-    if solver not in SOLVERS:
+    if isinstance(solver, CG):
+        if not (solver.tolerance >= 0 and solver.max_iterations >= 1):
+            raise ValueError(f"{solver} never starts; write cfll.CG(1e-4, max_iterations=100).")
+    elif solver not in SOLVERS:
         raise ValueError(
-            f"unknown solver {solver!r}; write one of {', '.join(map(repr, SOLVERS))}."
+            f"unknown solver {solver!r}; write one of {', '.join(map(repr, SOLVERS))}, or "
+            "cfll.CG(tolerance=1e-4, max_iterations=100)."
         )
 
 

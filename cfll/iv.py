@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import optax
 
 from cfll import objectives, solve
+from cfll.cg import CG
 from cfll.heads import LinearHead, accept_finite, widest_dtype
 from cfll.stats import GramStats
 
@@ -172,7 +173,7 @@ def proximal(
     stage2_steps: int = 1,
     use_bias: bool = True,
     penalize_bias: bool = True,
-    solver: str = "auto",
+    solver: str | CG = "auto",
 ) -> IVMethod:
     r"""DFIV with proximal heads, Algorithm 3: works with mini-batches.
 
@@ -262,7 +263,7 @@ def original(
     stage2_steps: int = 1,
     use_bias: bool = True,
     penalize_bias: bool = True,
-    solver: str = "auto",
+    solver: str | CG = "auto",
 ) -> IVMethod:
     r"""DFIV as published (Xu et al., 2020): ridge heads, for batches that represent the data.
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from cfll import _checks, solve
+from cfll.cg import CG
 from cfll.heads import LinearHead, widest_dtype
 
 
@@ -32,7 +33,7 @@ def prox_loss(
     *,
     penalize_bias: bool = True,
     sample_weight: jax.Array | None = None,
-    solver: str = "auto",
+    solver: str | CG = "auto",
 ) -> tuple[jax.Array, LinearHead]:
     r"""The proximal loss at its own best head, Eq. (14), and that head, Eq. (13).
 
@@ -84,7 +85,7 @@ def ridge_loss(
     use_bias: bool = True,
     penalize_bias: bool = True,
     sample_weight: jax.Array | None = None,
-    solver: str = "auto",
+    solver: str | CG = "auto",
 ) -> tuple[jax.Array, LinearHead]:
     r"""The ridge loss at its own best head, Eq. (5), and that head, Eq. (2).
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cfll import solve
+from cfll.cg import CG
 from cfll.heads import LinearHead
 
 Penalty = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
@@ -70,7 +71,7 @@ class PenaltyState(NamedTuple):
     lam: jax.Array
 
 
-def prox(lam: Penalty, *, penalize_bias: bool = True, solver: str = "auto") -> Rule:
+def prox(lam: Penalty, *, penalize_bias: bool = True, solver: str | CG = "auto") -> Rule:
     r"""The proximal rule: stay near the previous head.
 
     .. math:: W_{t+1} = \arg\min_W \sum_i \|y_i - W^\top \phi_i\|^2 + \lambda \|W - W_t\|_F^2
@@ -111,7 +112,7 @@ def prox(lam: Penalty, *, penalize_bias: bool = True, solver: str = "auto") -> R
     return Rule(lambda anchor: _record(lam, jnp.zeros((), jnp.int32), anchor), solve_fn)
 
 
-def ridge(beta: Penalty, *, penalize_bias: bool = True, solver: str = "auto") -> Rule:
+def ridge(beta: Penalty, *, penalize_bias: bool = True, solver: str | CG = "auto") -> Rule:
     r"""The ridge rule: the best head of the current batch, forgetting the previous one.
 
     .. math:: W_{t+1} = \arg\min_W \sum_i \|y_i - W^\top \phi_i\|^2 + \beta \|W\|_F^2
@@ -135,7 +136,9 @@ def ridge(beta: Penalty, *, penalize_bias: bool = True, solver: str = "auto") ->
     return ema(beta, decay=0.0, penalize_bias=penalize_bias, solver=solver)
 
 
-def ema(beta: Penalty, decay: float, *, penalize_bias: bool = True, solver: str = "auto") -> Rule:
+def ema(
+    beta: Penalty, decay: float, *, penalize_bias: bool = True, solver: str | CG = "auto"
+) -> Rule:
     r"""The averaging baseline of Barboni et al. (2025): a moving average of ridge heads.
 
     .. math::

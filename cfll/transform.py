@@ -24,6 +24,8 @@ class HeadInfo(NamedTuple):
         passed ``solution``.
       rcond: float32, condition estimate as in `cfll.solve.SolveInfo`; 1 if the caller passed
         ``solution``.
+      iterations: int32, as in `cfll.solve.SolveInfo`.
+      residual: float32, as in `cfll.solve.SolveInfo`.
       accepted: bool, whether the new head was finite; if not, the old one was kept.
       skipped: int32, how many updates so far kept the old head.
       drift: float32, largest difference between the head in the parameters and the anchor before
@@ -33,6 +35,8 @@ class HeadInfo(NamedTuple):
 
     route: jax.Array
     rcond: jax.Array
+    iterations: jax.Array
+    residual: jax.Array
     accepted: jax.Array
     skipped: jax.Array
     drift: jax.Array
@@ -60,7 +64,9 @@ class ClosedFormState(NamedTuple):
         return self.rule_state.lam
 
 
-def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTransformationExtraArgs:
+def closed_form_head(
+    rule: Rule, head: HeadPath = "head", *, update_interval: int = 1
+) -> optax.GradientTransformationExtraArgs:
     r"""Set the last layer in closed form instead of descending on it.
 
     The update of the head's leaves is ``new head - parameters``, whatever gradient arrives for
@@ -85,6 +91,9 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
     Args:
       rule: `cfll.prox`, `cfll.ridge`, `cfll.ema` or your own `cfll.Rule`.
       head: path of the dense layer in the parameters: ``"head"``, ``"decoder/head"``, a tuple.
+      update_interval: solve at every k-th update, the first among them, under `jax.lax.cond`; keep
+        the head in between. The features are computed in every update, outside the ``cond``.
+        ``solution`` has then nothing to save, and is refused.
 
     Returns:
       A transformation whose state is a `ClosedFormState`. A head that is not finite (NaN in the
@@ -117,6 +126,12 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
             f"rule is a {type(rule).__name__}; write closed_form_head(cfll.prox(lam=10.0), "
             f"head={head!r})."
         )
+    if isinstance(update_interval, bool) or not isinstance(update_interval, int):
+        raise TypeError(
+            f"update_interval is {update_interval!r}; write a whole number of updates, e.g. 4."
+        )
+    if update_interval < 1:
+        raise ValueError(f"update_interval is {update_interval}; write 1 to solve at every update.")
 
     def init(params: Any) -> ClosedFormState:
         if _is_placeholder(params):  # optax.tree.map_params asks which fields are parameters: none
@@ -128,8 +143,7 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
             anchor=anchor,
             rule_state=rule.init(anchor),
             info=HeadInfo(
-                route=jnp.full((), solve.ROUTES.index("given"), jnp.int32),
-                rcond=jnp.ones((), jnp.float32),
+                *solve.given(),
                 accepted=jnp.ones((), jnp.bool_),
                 skipped=jnp.zeros((), jnp.int32),
                 drift=jnp.zeros((), jnp.float32),
@@ -155,6 +169,11 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
         mask = heads.backbone_mask(params, head)
 
         if solution is not None:
+            if update_interval != 1:
+                raise TypeError(
+                    "solution is already solved, so update_interval saves nothing: pass features "
+                    "or feature_fn, or leave update_interval out."
+                )
             heads.check_same_head(state.anchor, solution, "solution")
             new, rule_state, info = solution, state.rule_state, solve.given()
         else:
@@ -165,15 +184,30 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
                     updates,
                 )
                 features = feature_fn(optax.apply_updates(params, still))
-            new, rule_state, info = rule.solve(
-                _check_features(features, state.anchor),
-                targets,
-                state.anchor,
-                state.rule_state,
-                count=state.count,
-                sample_weight=sample_weight,
-            )
-            heads.check_same_head(state.anchor, new, "the head that the rule returned")
+            features = _check_features(features, state.anchor)
+
+            def solved() -> tuple[LinearHead, Any, solve.SolveInfo]:
+                new, rule_state, info = rule.solve(
+                    features,
+                    targets,
+                    state.anchor,
+                    state.rule_state,
+                    count=state.count,
+                    sample_weight=sample_weight,
+                )
+                heads.check_same_head(state.anchor, new, "the head that the rule returned")
+                return new, rule_state, _as_arrays(info)
+
+            if update_interval == 1:
+                new, rule_state, info = solved()
+            else:
+                # A HeadInfo begins with the fields of a SolveInfo.
+                kept = solve.SolveInfo(*state.info[: len(solve.SolveInfo._fields)])
+                new, rule_state, info = jax.lax.cond(
+                    state.count % update_interval == 0,
+                    lambda: _like((state.anchor, state.rule_state, kept), solved()),
+                    lambda: (state.anchor, state.rule_state, kept),
+                )
 
         anchor, accepted = heads.accept_finite(new, state.anchor)
         rule_state = jax.tree.map(
@@ -193,8 +227,7 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
             anchor=anchor,
             rule_state=rule_state,
             info=HeadInfo(
-                route=jnp.asarray(info.route, jnp.int32),
-                rcond=jnp.asarray(info.rcond, jnp.float32),
+                *_as_arrays(info),
                 accepted=accepted,
                 skipped=state.info.skipped + (~accepted).astype(jnp.int32),
                 drift=jnp.max(jnp.array(jax.tree.leaves(distances))).astype(jnp.float32),
@@ -207,7 +240,11 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
 
 
 def closed_form(
-    backbone: optax.GradientTransformation, rule: Rule, head: HeadPath = "head"
+    backbone: optax.GradientTransformation,
+    rule: Rule,
+    head: HeadPath = "head",
+    *,
+    update_interval: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer for the backbone and a rule for the head.
 
@@ -219,6 +256,7 @@ def closed_form(
       backbone: any Optax optimizer.
       rule: `cfll.prox`, `cfll.ridge`, `cfll.ema` or your own `cfll.Rule`.
       head: path of the dense layer in the parameters.
+      update_interval: as in `closed_form_head`.
 
     Returns:
       The transformation.
@@ -240,7 +278,20 @@ def closed_form(
     def mask(tree: Any) -> Any:
         return heads.backbone_mask(tree, head)
 
-    return optax.chain(optax.masked(backbone, mask), closed_form_head(rule, head))
+    return optax.chain(
+        optax.masked(backbone, mask),
+        closed_form_head(rule, head, update_interval=update_interval),
+    )
+
+
+def _as_arrays(info: solve.SolveInfo) -> solve.SolveInfo:
+    dtypes = (jnp.int32, jnp.float32, jnp.int32, jnp.float32)
+    return solve.SolveInfo(*(jnp.asarray(x, t) for x, t in zip(info, dtypes, strict=True)))
+
+
+def _like(reference: Any, tree: Any) -> Any:
+    """In the dtypes of the reference: both branches of a cond must have the same."""
+    return jax.tree.map(lambda ref, leaf: jnp.asarray(leaf, ref.dtype), reference, tree)
 
 
 _EXAMPLE = (

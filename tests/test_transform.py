@@ -514,3 +514,57 @@ def test_keywords_dropped_on_the_way_are_named():
     inner = optax.MultiSteps(cfll.closed_form(optax.sgd(0.1), PROX), 2).gradient_transformation()
     with pytest.raises(TypeError, match="MultiSteps"):
         call(optax.chain(inner), targets=Y, feature_fn=features_of)
+
+
+# Every k-th update --------------------------------------------------------------------------------
+
+
+def test_update_interval_solves_every_kth_time(standard_promotion):
+    every, third = (
+        cfll.closed_form(optax.sgd(0.1), PROX, update_interval=interval) for interval in (1, 3)
+    )
+    params = make_params()
+    state, reference = third.init(params), every.init(params)
+    step, reference_step = make_step(third), make_step(every)
+    heads, routes = [], []
+    for _ in range(7):
+        params, state = step(params, state)
+        heads.append(params["head"]["kernel"])
+        routes.append(int(optax.tree.get(state, "info").route))
+    same = [bool((a == b).all()) for a, b in itertools.pairwise(heads)]
+    assert same == [True, True, False, True, True, False]
+    assert {ROUTES[route] for route in routes} == {"primal"}  # the last solve's, in between
+    assert optax.tree.get(state, "count") == 7
+    # The first update is the one that solves always.
+    first, _ = reference_step(make_params(), reference)
+    np.testing.assert_array_equal(first["head"]["kernel"], heads[0])
+    assert step._cache_size() == 1
+
+
+def test_update_interval_keeps_a_head_that_met_nan(standard_promotion):
+    tx = cfll.closed_form(optax.sgd(0.0), PROX, update_interval=2)
+    params = make_params()
+    state = tx.init(params)
+    bad = make_step(tx, x=X.at[0, 0].set(jnp.nan))
+    new, state = bad(params, state)
+    np.testing.assert_array_equal(new["head"]["kernel"], params["head"]["kernel"])
+    info = optax.tree.get(state, "info")
+    assert not info.accepted
+    assert info.skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("interval", "error", "words"),
+    [(0, ValueError, "write 1"), (2.0, TypeError, "whole number"), (True, TypeError, "whole")],
+)
+def test_update_interval_is_a_positive_whole_number(interval, error, words):
+    with pytest.raises(error, match=words):
+        cfll.closed_form(optax.sgd(0.1), PROX, update_interval=interval)
+
+
+def test_update_interval_refuses_a_solution():
+    tx = cfll.closed_form_head(PROX, update_interval=2)
+    params = make_params()
+    grads = jax.tree.map(jnp.zeros_like, params)
+    with pytest.raises(TypeError, match="saves nothing"):
+        tx.update(grads, tx.init(params), params, solution=cfll.get_head(params, "head"))
