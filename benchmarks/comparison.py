@@ -188,8 +188,9 @@ class Comparison:
             return Config(method, batch_size, values[0], second, seed)
 
         def cost(point: Point) -> float:
-            record = self.run(config(point, seeds[0]))
-            return self.problem.sign * _number(record["validation"][-1], self.problem.worst)
+            last = self.run(config(point, seeds[0]))["validation"][-1]
+            # Not the worst accuracy, which is a plateau that a search does not leave.
+            return math.inf if last is None else self.problem.sign * last
 
         tried = descend(cost, tuple(start), [len(axis) for axis in axes])
         best = best_of(tried)
@@ -197,7 +198,13 @@ class Comparison:
         return self.outcome(
             [config(best, seed) for seed in seeds],
             [
-                (c.rate, c.strength, self.problem.sign * tried[point])
+                (
+                    c.rate,
+                    c.strength,
+                    self.problem.worst
+                    if math.isinf(tried[point])
+                    else self.problem.sign * tried[point],
+                )
                 for point, c in zip(sorted(tried), found, strict=True)
             ],
         )
