@@ -20,6 +20,7 @@ def main() -> None:
     from benchmarks.experiments.landscape import landscape
     from benchmarks.experiments.quickstart import quickstart
     from benchmarks.experiments.results import results
+    from benchmarks.experiments.speed import speed
     from benchmarks.experiments.theory import theory
 
     commands: dict[str, Any] = {
@@ -34,6 +35,7 @@ def main() -> None:
         "ablations": classification.ablations,
         "imagenet": imagenet,
         "theory": theory,
+        "speed": speed,
         "results": results,
     }
     try:
