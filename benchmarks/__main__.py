@@ -18,6 +18,7 @@ def main() -> None:
     from benchmarks.experiments.dfiv import dfiv
     from benchmarks.experiments.imagenet import imagenet
     from benchmarks.experiments.landscape import landscape
+    from benchmarks.experiments.numerics import numerics
     from benchmarks.experiments.quickstart import quickstart
     from benchmarks.experiments.results import results
     from benchmarks.experiments.speed import speed
@@ -36,6 +37,7 @@ def main() -> None:
         "imagenet": imagenet,
         "theory": theory,
         "speed": speed,
+        "numerics": numerics,
         "results": results,
     }
     try:

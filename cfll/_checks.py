@@ -37,6 +37,8 @@ def check_batch(features: Any, targets: Any) -> None:
         )
     if features.shape[-1] == 0:
         raise ValueError(f"features has shape {features.shape}: there are no features to fit.")
+    if targets.shape[-1:] == (0,):
+        raise ValueError(f"targets has shape {targets.shape}: there are no outputs to predict.")
     for name, array in (("features", features), ("targets", targets)):
         if jnp.issubdtype(array.dtype, jnp.complexfloating):
             raise TypeError(

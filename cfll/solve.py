@@ -30,14 +30,15 @@ and the head is anchor plus correction: Eq. (13) of the paper, better conditione
 
 Guard. The relative pivot :math:`L_{jj}^2 / A_{jj}` of a Cholesky factor is the part of column j
 that the columns before it do not explain: an upper bound, mostly a close one, of the smallest
-eigenvalue of the matrix scaled to unit diagonal. Rounding the m^2 entries of that matrix, each by
-about eps, perturbs it by about eps sqrt(m) in norm. So the relative error of the solution is about
-eps / ``rcond`` with ``rcond`` = smallest relative pivot / sqrt(m), whatever the scale of each
-feature, at a cost of m. (Twice that on random, collinear and shifted features with condition
-numbers to 1e6; 7 times at worst. The classical bound, with the norm of the matrix for the norm of
-its rounding, is 10 to 100 times more pessimistic where features have a mean.) By its size,
-Cholesky's answer is taken as it is, or after one or three steps of iterative refinement with
-residuals from the data, or (``auto`` only) thrown away for the ``qr`` route. `_LEVELS` has the
+eigenvalue of the matrix scaled to unit diagonal. (Not on Kahan's matrices, chains of moderate
+pivots: two steps of inverse iteration find their small eigenvalue.) Rounding the m^2 entries of
+that matrix, each by about eps, perturbs it by about eps sqrt(m) in norm. So the relative error of
+the solution is about eps / ``rcond`` with ``rcond`` = smallest relative pivot / sqrt(m), whatever
+the scale of each feature, at a cost of m^2. (Twice that on random, collinear and shifted features
+with condition numbers to 1e6; 7 times at worst. The classical bound, with the norm of the matrix
+for the norm of its rounding, is 10 to 100 times more pessimistic where features have a mean.) By
+its size, Cholesky's answer is taken as it is, or after one or three steps of iterative refinement
+with residuals from the data, or (``auto`` only) thrown away for the ``qr`` route. `_LEVELS` has the
 numbers.
 """
 
@@ -66,6 +67,8 @@ _STEPS = (0, 1, 3)
 SINGULAR = 1e2
 # From how many features on a Gram matrix is made in strips: below, a product is too small to split.
 _STRIPS_FROM = 512
+# How far below the smallest pivot the smallest eigenvalue lies on features that are not contrived.
+_OPTIMISM = 10
 # What the qr route takes for rounding, in multiples of the machine epsilon.
 _NOISE = 32
 
@@ -311,7 +314,16 @@ def _correct(
     plan: _Plan, system: "_System", targets: jax.Array, anchor: LinearHead
 ) -> tuple[LinearHead, SolveInfo]:
     factor = _factorize(plan, jax.lax.stop_gradient(system))
-    correction, effort = _solve(plan, factor, system, targets - anchor(system.features))
+    residual = targets - anchor(system.features)
+    if plan.route == "dual":
+        # Its alpha is about lam / |features|^2 of the residual, and must not vanish: solve in units
+        # in which the residual is one. Elsewhere that would only cost devices one more message.
+        unit = jax.lax.stop_gradient(_power_of_two(residual))
+        correction, effort = _solve(plan, factor, system, residual / unit)
+        bias = None if correction.bias is None else correction.bias * unit[0]
+        correction = LinearHead(correction.kernel * unit, bias)
+    else:
+        correction, effort = _solve(plan, factor, system, residual)
     head = jax.tree.map(jnp.add, anchor, correction)
     code = jnp.where(
         factor.level == len(_STEPS), ROUTES.index("qr"), ROUTES.index(plan.route)
@@ -322,6 +334,16 @@ def _correct(
         iterations=effort.iterations.astype(jnp.int32),
         residual=effort.residual,
     )
+
+
+def _power_of_two(rows: jax.Array) -> jax.Array:
+    """For each column the power of two above its largest entry, one where that is zero; (1, o)."""
+    largest = jnp.max(jnp.abs(rows), axis=0, keepdims=True, initial=0)
+    usable = (largest > 0) & jnp.isfinite(largest)
+    _, exponent = jnp.frexp(jnp.where(usable, largest, jnp.ones_like(largest)))
+    # A float has one exponent more below than above one: the unit must have a finite inverse.
+    low, high = jnp.finfo(rows.dtype).minexp + 1, jnp.finfo(rows.dtype).maxexp - 2
+    return jnp.ldexp(jnp.ones_like(largest), jnp.clip(exponent, low, high))
 
 
 def in_auto_mode(
@@ -623,8 +645,19 @@ def cholesky_with_rcond(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
       The lower factor, NaN where it does not exist, and the estimate, then NaN as well.
     """
     lower = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
-    pivots = jnp.square(jnp.diagonal(lower)) / jnp.diagonal(matrix)
-    return lower, jnp.min(pivots) / math.sqrt(matrix.shape[0])
+    diagonal, dtype = jnp.diagonal(matrix), jnp.finfo(matrix.dtype)
+    pivots = jnp.square(jnp.diagonal(lower)) / diagonal
+    # Smaller, and products that count were flushed to zero; larger, and the solution of a
+    # right-hand side of size one is.
+    in_range = (diagonal >= dtype.tiny / dtype.eps) & (diagonal <= dtype.eps / dtype.tiny)
+    pivots = jnp.where(in_range | jnp.isnan(pivots), pivots, jnp.zeros_like(pivots))
+    # Chains of small pivots multiply: two steps of inverse iteration see the smallest eigenvalue.
+    root = jnp.sqrt(diagonal)[:, None]
+    vector = jnp.cos(jnp.arange(len(root), dtype=root.dtype))[:, None]  # no symmetry to miss
+    for _ in range(2):
+        vector = root * cho_solve(lower, root * vector / jnp.linalg.norm(vector))
+    smallest = 1 / jnp.linalg.norm(vector)
+    return lower, jnp.minimum(jnp.min(pivots), _OPTIMISM * smallest) / math.sqrt(matrix.shape[0])
 
 
 def lower_gram(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -756,6 +789,9 @@ def _factorize_dual(system: _System) -> _Factor:
     else:
         kernel = dot(z, _unpenalize(system, extra, z.T))
     lower, rcond = cholesky_with_rcond(kernel + jnp.eye(z.shape[0], dtype=z.dtype))
+    if z.shape[0] >= z.shape[1]:
+        # Refinement of x cancels where the data outweigh the penalty, whatever the pivots say.
+        rcond = jnp.minimum(rcond, 1 / (1 + jnp.max(jnp.diagonal(kernel), initial=0)))
     if system.bias_penalty is not None:
         # A free bias without a sample that counts is the one singularity that C does not show.
         determined = system.bias_penalty + jnp.sum(jnp.square(s)) > 0

@@ -12,7 +12,16 @@ from typing import Any, NamedTuple, get_args
 from rich.console import Console
 
 from benchmarks import summary
-from benchmarks.experiments import burgers, classification, dfiv, imagenet, landscape, speed, theory
+from benchmarks.experiments import (
+    burgers,
+    classification,
+    dfiv,
+    imagenet,
+    landscape,
+    numerics,
+    speed,
+    theory,
+)
 from benchmarks.records import Records
 
 BOTH = ("cpu", "paper")
@@ -54,6 +63,7 @@ SECTIONS = (
     Section("imagenet.jsonl", imagenet.summarize),
     Section("theory.jsonl", theory.summarize),
     Section("speed.jsonl", speed.summarize),
+    Section("numerics.jsonl", numerics.summarize),
 )
 
 
