@@ -103,6 +103,17 @@ def make_problem(
     return problem
 
 
+def spoil_columns(features: np.ndarray, kinds) -> None:
+    """Make columns "zero", "repeated" (the first one again) or "constant", in place."""
+    for column, kind in enumerate(kinds):
+        if kind == "zero":
+            features[:, column] = 0
+        if kind == "repeated":
+            features[:, column] = features[:, 0]
+        if kind == "constant":
+            features[:, column] = 1
+
+
 # The paper's algorithms on a two-layer network, y = tanh(x A + c) W + b ---------------------------
 
 

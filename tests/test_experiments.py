@@ -1,7 +1,6 @@
 """Every comparison of the paper as a command, end to end on a tiny size; stopping and resuming."""
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from benchmarks.models.cnn import CNN
 from benchmarks.models.fno import FNO1d
 from benchmarks.records import Records
 from cfll import iv
+from tests.interrupted import stop_and_resume
 from tests.test_data import cifar_batch, omniglot_files, write_pickle
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -56,23 +56,8 @@ def tiny_burgers(monkeypatch, small_grids):
 
 
 def test_burgers_runs_stops_and_resumes(tiny_burgers, tmp_path, monkeypatch, capsys):
-    path, add = tmp_path / "burgers.jsonl", Records.add
-
-    def stop_after_three(records, key, result):
-        add(records, key, result)
-        if len(path.read_text().splitlines()) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Records, "add", stop_after_three)
-    with pytest.raises(KeyboardInterrupt):
-        burgers.burgers(out=tmp_path)
-    first = path.read_text().splitlines()
-    monkeypatch.setattr(Records, "add", add)
-    burgers.burgers(out=tmp_path)
-    lines = path.read_text().splitlines()
-    assert lines[:3] == first
-    keys = [json.dumps(json.loads(line)["key"], sort_keys=True) for line in lines]
-    assert len(set(keys)) == len(keys)
+    path = tmp_path / "burgers.jsonl"
+    stop_and_resume(lambda: burgers.burgers(out=tmp_path), path, monkeypatch)
     assert (tmp_path / "burgers.png").stat().st_size > 10_000
     assert "Our approach outperforms the l2 loss" in " ".join(capsys.readouterr().out.split())
 

@@ -3,7 +3,6 @@
 And the command that measures their accuracy, at a tiny size.
 """
 
-import json
 from typing import NamedTuple
 
 import jax
@@ -19,7 +18,8 @@ from benchmarks.experiments import numerics
 from benchmarks.records import Records
 from cfll.heads import widest_dtype
 from cfll.solve import ROUTES, SINGULAR, penalized_solve
-from tests.oracles import make_problem
+from tests.interrupted import stop_and_resume
+from tests.oracles import make_problem, spoil_columns
 
 SOLVERS = ("auto", "primal", "dual", "qr", "sums")
 DTYPES = {
@@ -84,13 +84,7 @@ def make(drawn, shape, dtype, repeat=0):
     features = rng.normal(size=(n, d)) * 10.0**drawn.scale
     if drawn.spread:
         features *= 10.0 ** rng.integers(-3, 4, size=d)
-    for column, kind in enumerate(rng.choice(COLUMNS, size=d)):
-        if kind == "zero":
-            features[:, column] = 0
-        if kind == "repeated":
-            features[:, column] = features[:, 0]
-        if kind == "constant":
-            features[:, column] = 1
+    spoil_columns(features, rng.choice(COLUMNS, size=d))
     targets = rng.normal(size=(n, OUTPUTS)) * 10.0**drawn.target_scale
     weights = rng.choice([0.0, 1.0, 4.0], size=n) if drawn.weighted else np.ones(n)
     anchor = rng.normal(size=(d + 1, OUTPUTS)) * drawn.anchored
@@ -359,23 +353,9 @@ def test_the_command_measures_stops_and_resumes(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(numerics, "SETTINGS", tiny)
     monkeypatch.setattr(numerics, "DTYPES", ("float32",))
-    path, add = tmp_path / "numerics.jsonl", Records.add
-
-    def stop_after_three(records, key, result):
-        add(records, key, result)
-        if len(path.read_text().splitlines()) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Records, "add", stop_after_three)
-    with pytest.raises(KeyboardInterrupt):
-        numerics.numerics(out=tmp_path)
-    first = path.read_text().splitlines()
-    monkeypatch.setattr(Records, "add", add)
-    numerics.numerics(out=tmp_path)
-    lines = path.read_text().splitlines()
-    assert lines[:3] == first
+    path = tmp_path / "numerics.jsonl"
+    lines = stop_and_resume(lambda: numerics.numerics(out=tmp_path), path, monkeypatch)
     assert len(lines) == len(numerics.cases(tiny)) * len(numerics.SOLVERS)
-    assert len({json.dumps(json.loads(line)["key"]) for line in lines}) == len(lines)
     assert "rcond" in " ".join(capsys.readouterr().out.split())
     assert (tmp_path / "numerics.png").stat().st_size > 10_000
 

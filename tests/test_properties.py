@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfll
+from tests.oracles import spoil_columns
 
 # Few shapes, since each is compiled; many values.
 SHAPES = st.sampled_from([(1, 1, 1), (5, 3, 2), (3, 8, 1), (12, 4, 3)])
@@ -19,14 +20,8 @@ def problems(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     features = rng.normal(size=(n, d)) * 10.0 ** draw(st.integers(-6, 6))
     features = features * 10.0 ** rng.integers(-3, 4, size=d)
-    for column in range(d):
-        kind = draw(st.sampled_from(["as it is", "zero", "repeated", "constant"]))
-        if kind == "zero":
-            features[:, column] = 0
-        if kind == "repeated":
-            features[:, column] = features[:, 0]
-        if kind == "constant":
-            features[:, column] = 1
+    kinds = st.sampled_from(["as it is", "zero", "repeated", "constant"])
+    spoil_columns(features, [draw(kinds) for _ in range(d)])
     targets = rng.normal(size=(n, o)) * 10.0 ** draw(st.integers(-3, 3))
     weights = rng.integers(0, 3, size=n) * 1.0
     lam = 10.0 ** draw(st.integers(-8, 8))

@@ -133,6 +133,38 @@ def test_routes_by_shape():
 # Singular to working precision --------------------------------------------------------------------
 
 
+def relu(rng, n, d):
+    return np.maximum(rng.normal(size=(n, d)), 0)
+
+
+def collinear(rng, n, d):
+    return np.tanh(rng.normal(size=(n, 5)) @ rng.normal(size=(5, d)))
+
+
+def shifted(rng, n, d):
+    return rng.normal(size=(n, d)) + 10
+
+
+@pytest.mark.parametrize("make", [relu, collinear, shifted])
+@pytest.mark.parametrize("lam", [1e2, 1.0, 1e-2])
+@pytest.mark.parametrize("n", [1024, 300])
+def test_rcond_says_how_far_rounding_goes(make, lam, n):
+    # GramStats solves without refinement, so its error is the one that rcond is about.
+    rng = np.random.default_rng(0)
+    features = make(rng, n, 256).astype(np.float32)
+    targets = np.sin(2 * features[:, :3])
+    stats = cfll.GramStats.zeros(256, 3).add(features, targets)
+    head, info = stats.solve(cfll.LinearHead.zeros(256, 3), lam)
+    rows = np.vstack([np.hstack([features, np.ones((n, 1))]), np.sqrt(lam) * np.eye(257)])
+    expected = np.linalg.lstsq(rows.astype(float), np.vstack([targets, np.zeros((257, 3))]))[0]
+    estimate = np.finfo(np.float32).eps / float(info.rcond)
+    if ROUTES[info.route] == "primal":
+        # Twice the estimate on most features; shifted ones are the worst that were found.
+        assert relative_error(stack(head), expected) < 10 * estimate
+    else:
+        assert estimate > 1e-2
+
+
 def dead_relu_features(n, d, rng):
     """Post-activation features as networks have them: dead, duplicated, scaled apart."""
     features = np.maximum(rng.normal(size=(n, d)) @ rng.normal(size=(d, d)), 0)

@@ -503,7 +503,7 @@ def ablations_summary(
         base = Method("SGD", PROXIMAL, order)
         for topic, variants in ABLATIONS.items():
             shown = [o for o in outcomes if o.method in variants(order)]
-            if shown:
+            if len({outcome.method for outcome in shown}) > 1:
                 suffix = f"{topic}_{order[-1]}"
                 drawn.append(
                     _curves(shown, size.batch_sizes, figures / f"ablation_{name}_{suffix}.png")
