@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from cfll import solve
 from cfll.cg import CG
-from cfll.heads import LinearHead
+from cfll.heads import LinearHead, widest_dtype
 
 Penalty = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
 
@@ -170,20 +170,23 @@ def ema(
 
     def solve_fn(features, targets, anchor, rule_state, *, count, sample_weight):
         del rule_state
-        zero = jax.tree.map(jnp.zeros_like, anchor)
         head, info = solve.penalized_solve(
             features,
             targets,
-            zero,
+            None,
             _at(beta, count),
+            use_bias=anchor.bias is not None,
             penalize_bias=penalize_bias,
             sample_weight=sample_weight,
             solver=solver,
             name="beta",
         )
-        mu = jnp.asarray(decay, head.kernel.dtype)
+        dtype = widest_dtype(head.kernel, anchor.kernel)  # the anchor's type is the state's
+        mu = jnp.asarray(decay, dtype)
         head = jax.tree.map(
-            lambda new, old: mu * jnp.asarray(old, new.dtype) + (1 - mu) * new, head, anchor
+            lambda new, old: mu * jnp.asarray(old, dtype) + (1 - mu) * jnp.asarray(new, dtype),
+            head,
+            anchor,
         )
         return head, _record(beta, count, anchor), info
 

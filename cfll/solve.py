@@ -37,9 +37,11 @@ the solution is about eps / ``rcond`` with ``rcond`` = smallest relative pivot /
 the scale of each feature, at a cost of m^2. (`tests/test_solve.py` holds it against random,
 collinear and shifted features. The classical bound, with the norm of the matrix for the norm of its
 rounding, is far more pessimistic where features have a mean, as features after a ReLU do.) By
-its size, Cholesky's answer is taken as it is, or after one or three steps of iterative refinement
-with residuals from the data, or (``auto`` only) thrown away for the ``qr`` route. `_LEVELS` has the
-numbers.
+its size, Cholesky's answer is taken as it is, or after at most one or three steps of iterative
+refinement with residuals from the data, or (``auto`` only) thrown away for the ``qr`` route.
+`_LEVELS` has the numbers. That bound is for the worst targets; how much the next step of refinement
+would change says what these targets got. So refinement stops when that is nothing; of many outputs
+a few random combinations are asked first, since a step for all of them costs as much as the solve.
 """
 
 import itertools
@@ -59,10 +61,17 @@ from cfll.heads import LinearHead, widest_dtype
 # Codes in SolveInfo.route. "given": the caller solved; "eigh": from sums, see stats.py.
 ROUTES = ("primal", "dual", "qr", "eigh", "given", "cg")
 
-# rcond, in multiples of the machine epsilon, below which (0) one step of refinement, (1) three,
-# (2) QR. In float32: 2e-3, 1.2e-4, 6e-6. A step multiplies the error by about eps / rcond.
+# rcond, in multiples of the machine epsilon, below which (0) at most one step of refinement, (1)
+# three, (2) QR. In float32: 2e-3, 1.2e-4, 6e-6. A step multiplies the error by about eps / rcond.
 _LEVELS = (2e4, 1e3, 5e1)
 _STEPS = (0, 1, 3)
+# A step of refinement that changes no more of the solution than this, in multiples of the machine
+# epsilon and the root mean square over outputs, is not needed.
+_SETTLED = 300
+# How many combinations of the outputs are refined to see that. Errors may all point one way, and
+# then their square has a chi-squared distribution with as many degrees of freedom: with 8 it is
+# taken for less than 1 / 25 of itself once in 40,000 times.
+_PROBES = 8
 # Below this, refinement is what makes the answer: who has sums and no data cannot solve.
 SINGULAR = 1e2
 # From how many features on a Gram matrix is made in strips: below, a product is too small to split.
@@ -159,13 +168,12 @@ def ridge_solve(
     References:
       Closed-Form Last Layer Optimization, Eq. (2) and (11).
     """
-    features, targets = jnp.asarray(features), jnp.asarray(targets)
-    _checks.check_batch(features, targets)
     return penalized_solve(
         features,
         targets,
-        LinearHead.zeros(features.shape[-1], targets.shape[-1], use_bias),
+        None,
         beta,
+        use_bias=use_bias,
         penalize_bias=penalize_bias,
         sample_weight=sample_weight,
         solver=solver,
@@ -234,9 +242,10 @@ def prox_solve(
 def penalized_solve(
     features: jax.Array,
     targets: jax.Array,
-    anchor: LinearHead,
+    anchor: LinearHead | None,
     penalty: jax.typing.ArrayLike,
     *,
+    use_bias: bool = True,
     penalize_bias: bool = True,
     sample_weight: jax.Array | None = None,
     solver: str | CG = "auto",
@@ -247,8 +256,9 @@ def penalized_solve(
     Args:
       features: (..., d), as in `ridge_solve`.
       targets: (..., o), as in `ridge_solve`.
-      anchor: the head to stay near; zero for ridge.
+      anchor: the head to stay near; None for ridge: the same as zeros, but no product with them.
       penalty: scalar, (d,) or (d, d), multiplying a sum over samples.
+      use_bias: without an anchor, whether to fit a bias; an anchor says so itself.
       penalize_bias: as in `prox_solve`.
       sample_weight: as in `ridge_solve`.
       solver: as in `ridge_solve`.
@@ -263,7 +273,7 @@ def penalized_solve(
     Examples:
       >>> import jax.numpy as jnp
       >>> twins = jnp.ones((8, 2))  # two equal features and next to no penalty: singular
-      >>> head, info = penalized_solve(twins, twins[:, :1], LinearHead.zeros(2, 1, False), 1e-9)
+      >>> head, info = penalized_solve(twins, twins[:, :1], None, 1e-9, use_bias=False)
       >>> print(ROUTES[info.route], head.kernel.round(3).ravel())
       qr [0.5 0.5]
     """
@@ -272,12 +282,14 @@ def penalized_solve(
     features, targets = jnp.asarray(features), jnp.asarray(targets)
     _checks.check_batch(features, targets)
     samples, d, o = features.shape[:-1], features.shape[-1], targets.shape[-1]
-    _checks.check_anchor(anchor, d, o)
+    if anchor is not None:
+        _checks.check_anchor(anchor, d, o)
 
-    dtype = widest_dtype(features, targets, anchor.kernel)
+    dtype = widest_dtype(features, targets, *([] if anchor is None else [anchor.kernel]))
     features = features.astype(dtype).reshape(-1, d)
     targets = targets.astype(dtype).reshape(-1, o)
-    anchor = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), anchor)
+    if anchor is not None:
+        anchor = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), anchor)
     rows = features.shape[0]
 
     weights = None
@@ -286,7 +298,7 @@ def penalized_solve(
         weights = expand_weights(jnp.asarray(sample_weight, dtype), samples)
         features, targets = drop_absent(features, weights), drop_absent(targets, weights)
 
-    has_bias = anchor.bias is not None
+    has_bias = use_bias if anchor is None else anchor.bias is not None
     _checks.check_penalty(name, penalty, d, rows, has_bias and not penalize_bias)
     penalty = as_penalty(penalty, dtype)
     bias_penalty = bias_share(penalty, has_bias, penalize_bias)
@@ -301,7 +313,10 @@ def penalized_solve(
     else:
         route, guarded = ("primal" if rows == 0 and solver == "dual" else solver), False
     info: Any = SolveInfo(*(jax.P() for _ in SolveInfo._fields))  # type: ignore[arg-type]
-    out_specs = (jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, anchor), info)
+    like: Any = LinearHead(jax.P(), jax.P() if has_bias else None)  # type: ignore[arg-type]
+    if anchor is not None:
+        like = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, anchor)
+    out_specs = (like, info)
     plan = _Plan(route, guarded, options)
     run = in_auto_mode(partial(_correct, plan), features, out_specs)
     return run(system, targets, anchor)
@@ -316,10 +331,10 @@ class _Plan(NamedTuple):
 
 
 def _correct(
-    plan: _Plan, system: "_System", targets: jax.Array, anchor: LinearHead
+    plan: _Plan, system: "_System", targets: jax.Array, anchor: LinearHead | None
 ) -> tuple[LinearHead, SolveInfo]:
     factor = _factorize(plan, jax.lax.stop_gradient(system))
-    residual = targets - anchor(system.features)
+    residual = targets if anchor is None else targets - anchor(system.features)
     if plan.route == "dual":
         # Its alpha is about lam / |features|^2 of the residual, and must not vanish: solve in units
         # in which the residual is one. Elsewhere that would only cost devices one more message.
@@ -329,7 +344,7 @@ def _correct(
         correction = LinearHead(correction.kernel * unit, bias)
     else:
         correction, effort = _solve(plan, factor, system, residual)
-    head = jax.tree.map(jnp.add, anchor, correction)
+    head = correction if anchor is None else jax.tree.map(jnp.add, anchor, correction)
     code = jnp.where(
         factor.level == len(_STEPS), ROUTES.index("qr"), ROUTES.index(plan.route)
     ).astype(jnp.int32)
@@ -504,10 +519,16 @@ def _solve(
         return _qr(factor, system, rho), none
     # Outside the branches: samples over several devices are summed together with the Gram matrix.
     rhs = _adjoint(system, rho) if plan.route == "primal" else None
-    branches: list[Callable[..., LinearHead]] = [partial(_refined, plan.route, k) for k in _STEPS]
-    if plan.guarded:
-        branches.append(lambda _, system, rho, rhs: _qr(_factorize_qr(system), system, rho))
-    return jax.lax.switch(factor.level, branches, factor, system, rho, rhs), none
+    refined: Any
+    refined = {"primal": _refined_primal, "dual": _refined_dual}[plan.route]
+    if not plan.guarded:
+        return refined(factor, system, rho, rhs), none
+    x = jax.lax.cond(
+        factor.level == len(_STEPS),
+        lambda: _qr(_factorize_qr(system), system, rho),
+        lambda: refined(factor, system, rho, rhs),
+    )
+    return x, none
 
 
 @_solve.defjvp
@@ -592,25 +613,63 @@ def _right_hand_side(system: _System, g: LinearHead | None, rho: jax.Array | Non
     return rhs if g is None else jax.tree.map(jnp.add, rhs, g)
 
 
-def _refined(
-    route: str, steps: int, factor: _Factor, system: _System, rho: jax.Array, rhs: LinearHead | None
-) -> LinearHead:
-    """Solve with the factor, and again for what is left of the normal equations.
+def _step_limit(factor: _Factor) -> jax.Array:
+    return jnp.array(_STEPS, jnp.int32)[factor.level]
 
-    Not so for a dual with fewer rows than features: Lambda^{-1} (g - Z^T C^{-1} Z Lambda^{-1} g)
-    cancels where the data outweigh the penalty by 1 / eps. It refines alpha.
+
+def _refine(
+    solve: Callable[[jax.Array], jax.Array],
+    residual: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    targets: jax.Array,
+    limit: jax.Array,
+    num_auxiliary: int = 0,
+) -> jax.Array:
+    """Solve again for what is left, until that changes nothing or for ``limit`` times.
+
+    Args:
+      solve: the factor at work, column by column.
+      residual: of a solution and its targets, column by column; from the data, not from the
+        Gram matrix, whose rounding is what to undo.
+      x: the solution so far, (m, o).
+      targets: (n, o).
+      limit: int32 scalar.
+      num_auxiliary: so many rows of x, the first, are not asked whether they still change.
+
+    Returns:
+      The solution, (m, o).
     """
-    rows, d = system.features.shape
-    if route == "dual" and rows < d:
-        return _dual(factor, system, None, rho, steps=steps)
-    solve = {"primal": _primal, "dual": _dual}[route]
-    x = solve(factor, system, rhs, rho if rhs is None else None)
-    for _ in range(steps):
-        # The residual from the data, not from the Gram matrix: its rounding is what to undo.
-        left = _right_hand_side(system, None, rho - x(system.features))
-        left = jax.tree.map(jnp.subtract, left, _penalize(system, x))
-        x = jax.tree.map(jnp.add, x, solve(factor, system, left, None))
-    return x
+    outputs = x.shape[1]
+    probed = outputs >= 8 * _PROBES
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (outputs, _PROBES))
+    units = _power_of_two(x[num_auxiliary:])  # outputs may differ by orders of magnitude
+    tolerance = _SETTLED * jnp.finfo(x.dtype).eps
+
+    def settled(change: jax.Array, combinations: float) -> jax.Array:
+        size = jnp.linalg.norm(x[num_auxiliary:] / units) * math.sqrt(combinations)
+        return jnp.linalg.norm(change[num_auxiliary:]) <= tolerance * size  # NaN is not settled
+
+    def step(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        change = solve(residual(x, targets))
+        return x + change, settled(change / units, 1)
+
+    def step_if_needed(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        combined = jnp.asarray(signs, x.dtype) / units.T
+        change = solve(residual(dot(x, combined), dot(targets, combined)))
+        done = settled(change, _PROBES)
+        return jax.lax.cond(done, lambda x: (x, done), step, x)
+
+    def body(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        count, x, _ = state
+        x, done = step_if_needed(x) if probed else step(x)
+        return count + 1, x, done
+
+    def unfinished(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        count, _, done = state
+        return (count < limit) & ~done
+
+    start = jnp.zeros((), jnp.int32), x, jnp.zeros((), bool)
+    return jax.lax.while_loop(unfinished, body, start)[1]  # type: ignore[arg-type]
 
 
 # Primal: size d + 1 ------------------------------------------------------------------------------
@@ -749,6 +808,28 @@ def cho_solve(lower: jax.Array, rhs: jax.Array) -> jax.Array:
     )
 
 
+def _refined_primal(
+    factor: _Factor, system: _System, rho: jax.Array, rhs: LinearHead
+) -> LinearHead:
+    has_bias = rhs.bias is not None
+    solve = partial(cho_solve, factor.matrix)
+    x = _refine(
+        solve,
+        partial(_left_of, system),
+        solve(stack_head(rhs)),
+        rho,
+        _step_limit(factor),
+    )
+    return split_head(x, has_bias)
+
+
+def _left_of(system: _System, x: jax.Array, rho: jax.Array) -> jax.Array:
+    """The residual of the normal equations, (d + 1, o), from that of the data."""
+    head = split_head(x, system.bias_penalty is not None)
+    left = _adjoint(system, rho - head(system.features))
+    return stack_head(jax.tree.map(jnp.subtract, left, _penalize(system, head)))
+
+
 def _primal(
     factor: _Factor, system: _System, g: LinearHead | None, rho: jax.Array | None
 ) -> LinearHead:
@@ -794,9 +875,6 @@ def _factorize_dual(system: _System) -> _Factor:
     else:
         kernel = dot(z, _unpenalize(system, extra, z.T))
     lower, rcond = cholesky_with_rcond(kernel + jnp.eye(z.shape[0], dtype=z.dtype))
-    if z.shape[0] >= z.shape[1]:
-        # Refinement of x cancels where the data outweigh the penalty, whatever the pivots say.
-        rcond = jnp.minimum(rcond, 1 / (1 + jnp.max(jnp.diagonal(kernel), initial=0)))
     if system.bias_penalty is not None:
         # A free bias without a sample that counts is the one singularity that C does not show.
         determined = system.bias_penalty + jnp.sum(jnp.square(s)) > 0
@@ -804,60 +882,109 @@ def _factorize_dual(system: _System) -> _Factor:
     return _Factor(lower, extra, rcond, jnp.zeros((), jnp.int32))
 
 
-def _dual(
-    factor: _Factor,
-    system: _System,
-    g: LinearHead | None,
-    rho: jax.Array | None,
-    *,
-    steps: int = 0,
-) -> LinearHead:
+def _dual_operator(
+    factor: _Factor, system: _System
+) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
+    """The bordered system times (alpha, delta), and its solution by the factor of C.
+
+    Alpha over delta is one array: JAX transposes a linear solve only if all of its right-hand sides
+    are linear in the input, and the last row may be a constant.
+    """
     z, s = _roots(system)
     unpenalize = partial(_unpenalize, system, factor.extra)
     mu = system.bias_penalty
 
-    # alpha over delta, as one array: JAX transposes a linear solve only if all of its right-hand
-    # sides are linear in the input, and the last row may be a constant.
-    def stack(rows, last):
-        return rows if mu is None else jnp.concatenate([rows, last[None, :]])
+    def matvec(unknowns: jax.Array) -> jax.Array:
+        alpha = unknowns if mu is None else unknowns[:-1]
+        return _bordered_rows(system, unknowns, dot(z, unpenalize(dot(z.T, alpha))))
 
-    def matvec(unknowns):
-        if mu is None:
-            return unknowns + dot(z, unpenalize(dot(z.T, unknowns)))
-        alpha, delta = unknowns[:-1], unknowns[-1]
-        rows = alpha + dot(z, unpenalize(dot(z.T, alpha))) + s * delta[None, :]
-        return stack(rows, jnp.sum(s * alpha, axis=0) - mu * delta)
+    if mu is None:
+        return matvec, partial(cho_solve, factor.matrix)
+    column = jax.lax.stop_gradient(cho_solve(factor.matrix, s))
+    schur = jax.lax.stop_gradient(mu + jnp.sum(s * column))
 
-    if mu is not None:
-        column = jax.lax.stop_gradient(cho_solve(factor.matrix, s))
-        schur = jax.lax.stop_gradient(mu + jnp.sum(s * column))
+    def solve(rows: jax.Array) -> jax.Array:
+        alpha = cho_solve(factor.matrix, rows[:-1])
+        delta = (dot(jax.lax.stop_gradient(s).T, alpha) - rows[-1:]) / schur
+        return jnp.concatenate([alpha - column * delta, delta])
 
-    def solve_once(rhs):
-        if mu is None:
-            return cho_solve(factor.matrix, rhs)
-        alpha = cho_solve(factor.matrix, rhs[:-1])
-        delta = (jnp.sum(jax.lax.stop_gradient(s) * alpha, axis=0) - rhs[-1]) / schur
-        return stack(alpha - column * delta[None, :], delta)
+    return matvec, solve
 
-    def solve(_, rhs):
-        unknowns = solve_once(rhs)
-        for _ in range(steps):
-            unknowns = unknowns + solve_once(rhs - matvec(unknowns))
-        return unknowns
 
+def _bordered_rows(system: _System, unknowns: jax.Array, predicted: jax.Array) -> jax.Array:
+    """(alpha + Z D + s delta; s^T alpha - mu delta), given Z D."""
+    if system.bias_penalty is None:
+        return unknowns + predicted
+    _, s = _roots(system)
+    alpha, delta = unknowns[:-1], unknowns[-1:]
+    last = dot(s.T, alpha) - system.bias_penalty * delta
+    return jnp.concatenate([alpha + predicted + s * delta, last])
+
+
+def _dual_right_hand_side(
+    factor: _Factor, system: _System, g: LinearHead | None, rho: jax.Array | None
+) -> jax.Array:
+    z, s = _roots(system)
     rows = None if rho is None else s * rho
     if g is not None:
-        from_g = -dot(z, unpenalize(g.kernel))
+        from_g = -dot(z, _unpenalize(system, factor.extra, g.kernel))
         rows = from_g if rows is None else rows + from_g
     assert rows is not None
-    last = None if mu is None else jnp.zeros(rows.shape[1:], z.dtype)
-    if last is not None and g is not None and g.bias is not None:
-        last = -g.bias
+    if system.bias_penalty is None:
+        return rows
+    last = jnp.zeros((1, rows.shape[1]), rows.dtype)
+    if g is not None and g.bias is not None:
+        last = -g.bias[None, :]
+    return jnp.concatenate([rows, last])
 
-    unknowns = jax.lax.custom_linear_solve(matvec, stack(rows, last), solve, symmetric=True)
-    alpha, delta = (unknowns, None) if mu is None else (unknowns[:-1], unknowns[-1])
+
+def _from_dual(
+    factor: _Factor, system: _System, g: LinearHead | None, unknowns: jax.Array
+) -> LinearHead:
+    """Kernel Lambda^{-1} (g + Z^T alpha) and bias delta."""
+    z, _ = _roots(system)
+    has_bias = system.bias_penalty is not None
+    alpha, delta = (unknowns[:-1], unknowns[-1]) if has_bias else (unknowns, None)
     kernel = dot(z.T, alpha)
-    return LinearHead(unpenalize(kernel if g is None else kernel + g.kernel), delta)
+    return LinearHead(
+        _unpenalize(system, factor.extra, kernel if g is None else kernel + g.kernel), delta
+    )
+
+
+def _refined_dual(factor: _Factor, system: _System, rho: jax.Array, rhs: None = None) -> LinearHead:
+    """Refine alpha, delta and the kernel together.
+
+    Not alpha alone, whose own rounding the kernel Lambda^{-1} Z^T alpha magnifies where the data
+    outweigh the penalty; nor the kernel alone: Lambda^{-1} (g - Z^T C^{-1} Z Lambda^{-1} g), which
+    would solve for what is left of its normal equations, cancels there.
+    """
+    del rhs
+    z, _ = _roots(system)
+    n, has_bias = len(z), system.bias_penalty is not None
+    dual_rows = n + has_bias
+    _, solve_dual = _dual_operator(factor, system)
+
+    def solve(rows: jax.Array) -> jax.Array:
+        unknowns = solve_dual(rows)
+        kernel = _unpenalize(system, factor.extra, dot(z.T, unknowns[:n]))
+        return jnp.concatenate([unknowns, kernel])
+
+    def left_of(x: jax.Array, rho: jax.Array) -> jax.Array:
+        known = _bordered_rows(system, x[:dual_rows], dot(z, x[dual_rows:]))
+        return _dual_right_hand_side(factor, system, None, rho) - known
+
+    x = solve(_dual_right_hand_side(factor, system, None, rho))
+    x = _refine(solve, left_of, x, rho, _step_limit(factor), num_auxiliary=n)
+    return LinearHead(x[dual_rows:], x[n] if has_bias else None)
+
+
+def _dual(
+    factor: _Factor, system: _System, g: LinearHead | None, rho: jax.Array | None
+) -> LinearHead:
+    matvec, solve = _dual_operator(factor, system)
+    rhs = _dual_right_hand_side(factor, system, g, rho)
+    unknowns = jax.lax.custom_linear_solve(matvec, rhs, lambda _, b: solve(b), symmetric=True)
+    return _from_dual(factor, system, g, unknowns)
 
 
 # QR: no squared condition number ------------------------------------------------------------------

@@ -50,7 +50,7 @@ def collectives(text, guarded=False):
 
     Args:
       text: HLO, ``compiled.as_text()``.
-      guarded: those in branches of conditionals other than the first, which the solvers take for
+      guarded: those in branches of conditionals other than the first and in loops, which are for
         systems that are ill-conditioned, rather than those that always run.
 
     Returns:
@@ -73,7 +73,7 @@ def collectives(text, guarded=False):
         for line in computations[name]:
             branches = re.search(r"branch_computations=\{([^}]*)\}", line)
             names = re.findall(r"[\w.-]+", branches[1])[:1] if branches else []
-            names += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)", line)
+            names += re.findall(r"(?:calls|to_apply)=%?([\w.-]+)", line)
             for called in names:
                 walk(called, seen)
 

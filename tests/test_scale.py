@@ -112,7 +112,9 @@ def test_outputs_of_the_head_may_be_sharded(report):
     # them, and every device solves for all outputs.
     found = report["outputs"]["jit, prox_solve"]["collectives"]
     assert [size for operation, size in found if operation == "all-gather"] == [CROSS]
-    assert sum(size for operation, size in found if operation == "all-reduce") == GRAM + CROSS // 2
+    # The last number is the size of the solution, which a step of refinement is compared with.
+    reduced = sum(size for operation, size in found if operation == "all-reduce")
+    assert reduced == GRAM + CROSS // 2 + 1
 
 
 @pytest.mark.parametrize("by", ["jit", "shard_map"])

@@ -165,6 +165,25 @@ def test_rcond_says_how_far_rounding_goes(make, lam, n):
         assert estimate > 1e-2
 
 
+@pytest.mark.parametrize("make", [relu, collinear, shifted])
+@pytest.mark.parametrize("lam", [1e2, 1.0, 1e-2])
+@pytest.mark.parametrize("n", [1024, 200])
+def test_each_of_many_outputs_is_solved(make, lam, n):
+    # From 64 outputs on, a step of refinement is taken only if combinations of them ask for it.
+    rng = np.random.default_rng(0)
+    features = make(rng, n, 256).astype(np.float32)
+    rows = np.vstack([np.hstack([features, np.ones((n, 1))]), np.sqrt(lam) * np.eye(257)])
+    rows = rows.astype(float)
+    targets = rng.normal(size=(n, 100)) * np.geomspace(1e-6, 1e6, 100)
+    left, _, right = np.linalg.svd(rows, full_matrices=False)
+    targets[:, 50] = left[:n, -1]  # among easy ones an output that Cholesky is worst at
+    targets = targets.astype(np.float32)
+    expected = np.linalg.lstsq(rows, np.vstack([targets, np.zeros((257, 100))]))[0]
+    head = cfll.ridge_solve(features, targets, lam)
+    error = np.linalg.norm(rows @ (stack(head) - expected), axis=0)
+    assert (error <= 1e-4 * np.linalg.norm(rows @ expected, axis=0)).all()
+
+
 def dead_relu_features(n, d, rng):
     """Post-activation features as networks have them: dead, duplicated, scaled apart."""
     features = np.maximum(rng.normal(size=(n, d)) @ rng.normal(size=(d, d)), 0)
