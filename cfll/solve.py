@@ -451,8 +451,8 @@ class _System(NamedTuple):
 
 
 class _Factor(NamedTuple):
-    matrix: jax.Array  # Cholesky factor, (d + 1, d + 1) primal, (n, n) dual; qr: V, (d + 1, d + 1)
-    extra: Any  # dual: the penalty's Cholesky factor or None; qr: the scaled Q U and Sigma^-2
+    matrix: jax.Array  # Cholesky factor, (d + 1, d + 1) primal, (n, n) dual; qr: V, unscaled
+    extra: Any  # dual: the penalty's Cholesky factor or None; qr: Sigma^-2, (d + 1, 1)
     rcond: jax.Array  # (): estimate of the reciprocal condition number
     level: jax.Array  # (): index into _STEPS, or len(_STEPS) for QR
 
@@ -516,7 +516,7 @@ def _solve(
     if plan.route == "cg":
         return _cg(plan.options, factor, system, _adjoint(system, rho))
     if plan.route == "qr":
-        return _qr(factor, system, rho), none
+        return _qr(system, rho), none
     # Outside the branches: samples over several devices are summed together with the Gram matrix.
     rhs = _adjoint(system, rho) if plan.route == "primal" else None
     refined: Any
@@ -525,7 +525,7 @@ def _solve(
         return refined(factor, system, rho, rhs), none
     x = jax.lax.cond(
         factor.level == len(_STEPS),
-        lambda: _qr(_factorize_qr(system), system, rho),
+        lambda: _qr(system, rho),
         lambda: refined(factor, system, rho, rhs),
     )
     return x, none
@@ -554,7 +554,7 @@ def _tangent_solve(
 
     def by_qr(factor: _Factor) -> LinearHead:
         def solve(rhs: LinearHead) -> LinearHead:
-            rows = factor.extra[1][:, None] * dot(factor.matrix.T, stack_head(rhs))
+            rows = factor.extra * dot(factor.matrix.T, stack_head(rhs))
             return split_head(dot(factor.matrix, rows), rhs.bias is not None)
 
         return _normal_solve(system, _right_hand_side(system, g, rho), solve)
@@ -989,63 +989,152 @@ def _dual(
 
 # QR: no squared condition number ------------------------------------------------------------------
 #
-# Stack M = (Z~; diag(Lambda, mu)^{1/2}), scale its columns to norm one, M = Q R, R = U Sigma V^T,
-# and let P be the rows of Q U that belong to data. Then x = V Sigma^{-1} P^T S^{1/2} rho and
-# A^{-1} g = V Sigma^{-2} V^T g. Direction k sees the data with strength Sigma_k |P_k|. Below
-# rounding that strength is noise, as it is for repeated features, and the quotient of noise and a
-# small Sigma_k (its square below eps) would be a huge weight: such a direction gets no correction,
-# as in exact arithmetic. One step of refinement follows, for residuals larger than the targets.
+# Stack M = (Z~; diag(Lambda, mu)^{1/2}), scale its columns to norm one, M = Q R, R = U Sigma V^T.
+# Then x = V Sigma^{-1} U^T Q^T (S^{1/2} rho; 0) and A^{-1} g = V Sigma^{-2} V^T g. Direction k sees
+# the data with strength |Z~ V_k|. Below rounding that strength is noise, as it is for repeated
+# features, and the quotient of noise and a small Sigma_k (its square below eps) would be a huge
+# weight: such a direction gets no correction, as in exact arithmetic. One step of refinement
+# follows, for residuals larger than the targets.
+#
+# Q, as large as the features, is never kept: R and Q^T rho are updated block by block of the rows.
+# Every guarded step sets aside the memory of this route, which so is that of a block.
 
 
-def _factorize_qr(system: _System) -> _Factor:
-    z, s = _roots(system)
-    eps = jnp.finfo(z.dtype).eps
+class _Stacked(NamedTuple):
+    """What of M is not data, and the norms of its columns."""
+
+    penalty_rows: jax.Array  # (d + 1, d + 1), scaled
+    norms: jax.Array  # (1, d + 1)
+
+
+def _stack_penalty(system: _System) -> _Stacked:
+    features, (_, s) = system.features, _roots(system)
+    d, dtype = features.shape[1], features.dtype
+    eps = jnp.finfo(dtype).eps
     if system.penalty.ndim == 2:
         values, vectors = jnp.linalg.eigh(system.penalty, symmetrize_input=True)
         # Negative by more than rounding is not a penalty: NaN, which callers see.
-        floor = -10 * eps * system.penalty.shape[0] * jnp.max(jnp.abs(values))
+        floor = -10 * eps * d * jnp.max(jnp.abs(values))
         values = jnp.where(values >= floor, jnp.maximum(values, 0), jnp.nan)
         root = jnp.sqrt(values)[:, None] * vectors.T
     else:
-        root = jnp.diag(jnp.broadcast_to(jnp.sqrt(system.penalty), (z.shape[1],)))
-
-    stacked = jnp.concatenate([z, root])
+        root = jnp.diag(jnp.broadcast_to(jnp.sqrt(system.penalty), (d,)))
     if system.bias_penalty is not None:
-        column = jnp.concatenate([s, jnp.zeros((root.shape[0], 1), z.dtype)])
-        last = jnp.zeros((1, z.shape[1] + 1), z.dtype).at[0, -1].set(jnp.sqrt(system.bias_penalty))
-        stacked = jnp.concatenate([jnp.concatenate([stacked, column], axis=1), last])
+        corner = jnp.sqrt(system.bias_penalty).reshape(1)
+        root = jnp.pad(root, ((0, 1), (0, 1))) + jnp.diag(jnp.pad(corner, (d, 0)))
 
-    largest = jnp.max(jnp.abs(stacked), axis=0)
-    stacked = stacked / jnp.where(largest > 0, largest, 1)[None, :]  # no overflow in the squares
-    norms = jnp.linalg.norm(stacked, axis=0)
-    stacked = stacked / jnp.where(norms > 0, norms, 1)[None, :]
-    norms = jnp.where(norms > 0, norms * largest, 1)
+    def over_samples(reduce: Callable[[jax.Array], jax.Array], unit: jax.Array) -> jax.Array:
+        columns = reduce(features * s / unit[:, :d])
+        if system.bias_penalty is None:
+            return columns
+        return jnp.concatenate([columns, reduce(s / unit[:, d:])], axis=1)
 
-    q, r = jnp.linalg.qr(stacked)
-    u, sigma, vt = jnp.linalg.svd(r)
-    data = dot(q[: z.shape[0]], u)
-
-    cut = _NOISE * eps * sigma[0]
-    inverse = jnp.where(sigma <= cut, 0, 1 / sigma)  # NaN stays NaN
-    strength = sigma * jnp.linalg.norm(data, axis=0)
-    seen = (strength > cut) | (jnp.square(sigma / sigma[0]) > eps)
-    rcond = jnp.square(sigma[-1] / sigma[0])
-    extra = (data * (inverse * seen.astype(z.dtype))[None, :], jnp.square(inverse))
-    return _Factor(vt.T / norms[:, None], extra, rcond, jnp.zeros((), jnp.int32))
+    largest = jnp.maximum(over_samples(_largest, jnp.ones((1, len(root)), dtype)), _largest(root))
+    unit = jnp.where(largest > 0, largest, 1)  # no overflow in the squares
+    squares = over_samples(_sum_squares, unit) + _sum_squares(root / unit)
+    norms = jnp.where(squares > 0, unit * jnp.sqrt(squares), 1)
+    return _Stacked(root / norms, norms)
 
 
-def _qr(factor: _Factor, system: _System, rho: jax.Array) -> LinearHead:
-    data, inverse_squared = factor.extra
+def _largest(rows: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(rows), axis=0, keepdims=True, initial=0)
+
+
+def _sum_squares(rows: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(rows), axis=0, keepdims=True)
+
+
+def _fold_rows(step: Callable[..., Any], carry: Any, system: _System, rho: jax.Array) -> Any:
+    """Fold ``step(carry, rows of (Z, s), rows of S^{1/2} rho)`` over blocks of samples."""
+    n, d = system.features.shape
+    size = max(d, 256, n // 8)
     _, s = _roots(system)
 
-    def solve(rows: jax.Array) -> jax.Array:
-        return dot(factor.matrix, dot(data.T, s * rows))
+    def on(carry: Any, features: jax.Array, s: jax.Array, rho: jax.Array) -> Any:
+        rows = features * s
+        if system.bias_penalty is not None:
+            rows = jnp.concatenate([rows, s], axis=1)
+        return step(carry, rows, rho * s)
 
+    arrays = system.features, s, rho
+
+    def body(k: jax.Array, carry: Any) -> Any:
+        return on(carry, *(jax.lax.dynamic_slice_in_dim(a, k * size, size) for a in arrays))
+
+    whole = n // size if n > size else 0
+    if whole:
+        carry = jax.lax.fori_loop(0, whole, body, carry)
+    if n > whole * size:
+        carry = on(carry, *(array[whole * size :] for array in arrays))
+    return carry
+
+
+def _triangle(system: _System, stacked: _Stacked, rho: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """R, (d + 1, d + 1), and Q^T (S^{1/2} rho; 0), (d + 1, o)."""
+
+    def step(carry: tuple[jax.Array, jax.Array], rows: jax.Array, rho: jax.Array) -> Any:
+        r, rotated = carry
+        q, r = jnp.linalg.qr(jnp.concatenate([r, rows / stacked.norms]))
+        return r, dot(q.T, jnp.concatenate([rotated, rho]))
+
+    nothing = jnp.zeros((len(stacked.penalty_rows), rho.shape[1]), rho.dtype)
+    return _fold_rows(step, (stacked.penalty_rows, nothing), system, rho)
+
+
+class _Basis(NamedTuple):
+    """The directions of the problem, from the singular values of R."""
+
+    u: jax.Array  # (d + 1, d + 1)
+    vt: jax.Array  # (d + 1, d + 1)
+    inverse: jax.Array  # (d + 1, 1): Sigma^{-1}, zero where Sigma is noise
+    seen: jax.Array  # (d + 1, 1): 1.0 where the data are more than noise
+    rcond: jax.Array  # ()
+
+
+def _find_basis(system: _System, stacked: _Stacked, r: jax.Array) -> _Basis:
+    eps = jnp.finfo(r.dtype).eps
+    u, sigma, vt = jnp.linalg.svd(r)
+
+    def seen_by(squares: jax.Array, rows: jax.Array, _: jax.Array) -> jax.Array:
+        return squares + _sum_squares(dot(rows / stacked.norms, vt.T))[0]
+
+    none = system.features[:, :0]
+    strength = jnp.sqrt(_fold_rows(seen_by, jnp.zeros_like(sigma), system, none))
+    cut = _NOISE * eps * sigma[0]
+    inverse = jnp.where(sigma <= cut, 0, 1 / sigma)  # NaN stays NaN
+    seen = (strength > cut) | (jnp.square(sigma / sigma[0]) > eps)
+    rcond = jnp.square(sigma[-1] / sigma[0])
+    return _Basis(u, vt, inverse[:, None], seen.astype(u.dtype)[:, None], rcond)
+
+
+def _factorize_qr(system: _System) -> _Factor:
+    stacked = _stack_penalty(system)
+    r, _ = _triangle(system, stacked, system.features[:, :0])
+    basis = _find_basis(system, stacked, r)
+    v = basis.vt.T / stacked.norms.T
+    return _Factor(v, jnp.square(basis.inverse), basis.rcond, jnp.zeros((), jnp.int32))
+
+
+def _qr(system: _System, rho: jax.Array) -> LinearHead:
+    stacked = _stack_penalty(system)
     has_bias = system.bias_penalty is not None
-    x = split_head(solve(rho), has_bias)
-    pull = inverse_squared[:, None] * dot(factor.matrix.T, stack_head(_penalize(system, x)))
-    more = solve(rho - x(system.features)) - dot(factor.matrix, pull)
-    return jax.tree.map(jnp.add, x, split_head(more, has_bias))
+
+    # A loop, so that both steps run the same program and get the same R to the last bit: rounding
+    # alone may turn the weak directions of Q, and U belongs to the R that it was made from.
+    def step(k: jax.Array, carry: tuple[jax.Array, _Basis]) -> tuple[jax.Array, _Basis]:
+        x, basis = carry
+        head = split_head(x, has_bias)
+        r, rotated = _triangle(system, stacked, rho - head(system.features))
+        basis = jax.lax.cond(k == 0, lambda: _find_basis(system, stacked, r), lambda: basis)
+        from_data = basis.seen * dot(basis.u.T, rotated)
+        pull = basis.inverse * dot(basis.vt, stack_head(_penalize(system, head)) / stacked.norms.T)
+        change = dot(basis.vt.T, basis.inverse * (from_data - pull)) / stacked.norms.T
+        return x + change, basis
+
+    square = jnp.zeros_like(stacked.penalty_rows)
+    nothing = _Basis(square, square, square[:, :1], square[:, :1], square[0, 0])
+    x = jnp.zeros((len(square), rho.shape[1]), rho.dtype)
+    return split_head(jax.lax.fori_loop(0, 2, step, (x, nothing))[0], has_bias)
 
 
 # Conjugate gradients: no factor at all -----------------------------------------------------------
