@@ -175,7 +175,7 @@ def test_each_of_many_outputs_is_solved(make, lam, n):
     rows = np.vstack([np.hstack([features, np.ones((n, 1))]), np.sqrt(lam) * np.eye(257)])
     rows = rows.astype(float)
     targets = rng.normal(size=(n, 100)) * np.geomspace(1e-6, 1e6, 100)
-    left, _, right = np.linalg.svd(rows, full_matrices=False)
+    left, _, _ = np.linalg.svd(rows, full_matrices=False)
     targets[:, 50] = left[:n, -1]  # among easy ones an output that Cholesky is worst at
     targets = targets.astype(np.float32)
     expected = np.linalg.lstsq(rows, np.vstack([targets, np.zeros((257, 100))]))[0]

@@ -471,7 +471,8 @@ def summarize(
     """Replay the experiment on its records."""
     size = SIZES[design, preset]
     outcomes = all_outcomes(Runner(design, size, records, train=False))
-    times = times_of(records, design, size, None, None)
+    # Presets with the same networks share their times: alone they are no results.
+    times = times_of(records, design, size, None, None) if outcomes else {}
     return summary_of(outcomes, times, design, size, figures, preset)
 
 
