@@ -51,6 +51,7 @@ class Summary(NamedTuple):
       tables: the numbers.
       claims: what they say.
       figures: the pictures, as paths.
+      reasons: why claims do not hold, as far as it was found out, in Markdown.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Summary(NamedTuple):
     tables: Sequence[Table]
     claims: Sequence[Claim]
     figures: Sequence[Path]
+    reasons: str = ""
 
 
 def verdict(claim: Claim) -> str:
@@ -83,6 +85,8 @@ def show(console: Console, summary: Summary) -> None:
             f"[bold]{verdict(claim)}[/bold]: {claim.sentence}\n    {claim.evidence}",
             highlight=False,
         )
+    if summary.reasons:
+        console.print(summary.reasons, highlight=False)
     for figure in summary.figures:
         console.print(f"figure: {figure}", highlight=False)
 
@@ -104,4 +108,6 @@ def to_markdown(summary: Summary, folder: Path) -> str:
         lines = [("claim", "here", "measured"), ("---",) * 3]
         lines += [(c.sentence, f"**{verdict(c)}**", c.evidence) for c in summary.claims]
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    if summary.reasons:
+        parts.append(summary.reasons)
     return "\n\n".join(parts) + "\n"
