@@ -973,9 +973,17 @@ def _refined_dual(factor: _Factor, system: _System, rho: jax.Array, rhs: None = 
         known = _bordered_rows(system, x[:dual_rows], dot(z, x[dual_rows:]))
         return _dual_right_hand_side(factor, system, None, rho) - known
 
-    x = solve(_dual_right_hand_side(factor, system, None, rho))
-    x = _refine(solve, left_of, x, rho, _step_limit(factor), num_auxiliary=n)
-    return LinearHead(x[dual_rows:], x[n] if has_bias else None)
+    dual_rhs = _dual_right_hand_side(factor, system, None, rho)
+    limit = _step_limit(factor)
+
+    def refine() -> LinearHead:
+        x = _refine(solve, left_of, solve(dual_rhs), rho, limit, num_auxiliary=n)
+        return LinearHead(x[dual_rows:], x[n] if has_bias else None)
+
+    def solve_once() -> LinearHead:  # without a copy of the kernel below alpha
+        return _from_dual(factor, system, None, solve_dual(dual_rhs))
+
+    return jax.lax.cond(limit > 0, refine, solve_once)
 
 
 def _dual(
