@@ -145,6 +145,13 @@ def shifted(rng, n, d):
     return rng.normal(size=(n, d)) + 10
 
 
+def stacked_rows(features, lam):
+    """Features with the ones column over the root of the penalty, in float64."""
+    n, d = features.shape
+    rows = np.vstack([np.hstack([features, np.ones((n, 1))]), np.sqrt(lam) * np.eye(d + 1)])
+    return rows.astype(float)
+
+
 @pytest.mark.parametrize("make", [relu, collinear, shifted])
 @pytest.mark.parametrize("lam", [1e2, 1.0, 1e-2])
 @pytest.mark.parametrize("n", [1024, 300])
@@ -155,8 +162,9 @@ def test_rcond_says_how_far_rounding_goes(make, lam, n):
     targets = np.sin(2 * features[:, :3])
     stats = cfll.GramStats.zeros(256, 3).add(features, targets)
     head, info = stats.solve(cfll.LinearHead.zeros(256, 3), lam)
-    rows = np.vstack([np.hstack([features, np.ones((n, 1))]), np.sqrt(lam) * np.eye(257)])
-    expected = np.linalg.lstsq(rows.astype(float), np.vstack([targets, np.zeros((257, 3))]))[0]
+    expected = np.linalg.lstsq(
+        stacked_rows(features, lam), np.vstack([targets, np.zeros((257, 3))])
+    )[0]
     estimate = np.finfo(np.float32).eps / float(info.rcond)
     if ROUTES[info.route] == "primal":
         # Twice the estimate on most features; shifted ones are the worst that were found.
@@ -172,8 +180,7 @@ def test_each_of_many_outputs_is_solved(make, lam, n):
     # From 64 outputs on, a step of refinement is taken only if combinations of them ask for it.
     rng = np.random.default_rng(0)
     features = make(rng, n, 256).astype(np.float32)
-    rows = np.vstack([np.hstack([features, np.ones((n, 1))]), np.sqrt(lam) * np.eye(257)])
-    rows = rows.astype(float)
+    rows = stacked_rows(features, lam)
     targets = rng.normal(size=(n, 100)) * np.geomspace(1e-6, 1e6, 100)
     left, _, _ = np.linalg.svd(rows, full_matrices=False)
     targets[:, 50] = left[:n, -1]  # among easy ones an output that Cholesky is worst at
