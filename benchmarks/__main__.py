@@ -14,6 +14,7 @@ def main() -> None:
     import tyro
 
     from benchmarks.experiments import classification
+    from benchmarks.experiments.bfloat16 import bfloat16
     from benchmarks.experiments.burgers import burgers
     from benchmarks.experiments.dfiv import dfiv
     from benchmarks.experiments.imagenet import imagenet
@@ -38,6 +39,7 @@ def main() -> None:
         "theory": theory,
         "speed": speed,
         "numerics": numerics,
+        "bfloat16": bfloat16,
         "results": results,
     }
     try:

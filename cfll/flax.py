@@ -200,7 +200,8 @@ def anchor(optimizer: nnx.Optimizer) -> LinearHead:
     Returns:
       The head, of plain arrays.
     """
-    return optax.tree.get(nnx.as_pure(optimizer.opt_state), "anchor")
+    head = optax.tree.get(optimizer.opt_state, "anchor")
+    return jax.tree.map(lambda leaf: leaf[...], head, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def linen_backbone(

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from cfll import _checks, solve
 from cfll.cg import CG
+from cfll.cholesky import dot
 from cfll.heads import LinearHead, widest_dtype
 
 
@@ -174,7 +175,7 @@ def _objective(penalize_bias, head, features, targets, anchor, penalty, sample_w
     step = jax.tree.map(lambda new, old: new - jnp.asarray(old, dtype), head, anchor)
     penalty = jnp.asarray(penalty, dtype)
     if penalty.ndim == 2:
-        distance = jnp.sum(step.kernel * solve.dot(penalty, step.kernel))
+        distance = jnp.sum(step.kernel * dot(penalty, step.kernel))
     else:
         per_feature = jnp.sum(jnp.square(step.kernel), axis=-1)
         distance = jnp.sum(per_feature * jnp.broadcast_to(penalty, per_feature.shape))

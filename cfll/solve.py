@@ -28,23 +28,15 @@ and the head is anchor plus correction: Eq. (13) of the paper, better conditione
 ``auto``
     primal or dual by shape, which is known while tracing, guarded by the pivots of the factor.
 
-Guard. The relative pivot :math:`L_{jj}^2 / A_{jj}` of a Cholesky factor is the part of column j
-that the columns before it do not explain: an upper bound, mostly a close one, of the smallest
-eigenvalue of the matrix scaled to unit diagonal. (Not on Kahan's matrices, chains of moderate
-pivots: two steps of inverse iteration find their small eigenvalue.) Rounding the m^2 entries of
-that matrix, each by about eps, perturbs it by about eps sqrt(m) in norm. So the relative error of
-the solution is about eps / ``rcond`` with ``rcond`` = smallest relative pivot / sqrt(m), whatever
-the scale of each feature, at a cost of m^2. (`tests/test_solve.py` holds it against random,
-collinear and shifted features. The classical bound, with the norm of the matrix for the norm of its
-rounding, is far more pessimistic where features have a mean, as features after a ReLU do.) By
-its size, Cholesky's answer is taken as it is, or after at most one or three steps of iterative
-refinement with residuals from the data, or (``auto`` only) thrown away for the ``qr`` route.
-`_LEVELS` has the numbers. That bound is for the worst targets; how much the next step of refinement
-would change says what these targets got. So refinement stops when that is nothing; of many outputs
-a few random combinations are asked first, since a step for all of them costs as much as the solve.
+Guard. The relative error of Cholesky's answer is at most about eps / ``rcond``, an estimate by
+`cfll.cholesky`. By its size, that answer is taken as it is, or after at most one or three steps of
+iterative refinement with residuals from the data, or (``auto`` only) thrown away for the ``qr``
+route. `_LEVELS` has the numbers. That bound is for the worst targets; how much the next step of
+refinement would change says what these targets got. So refinement stops when that is nothing beside
+the head, which is anchor plus correction; of many outputs a few random combinations are asked
+first, since a step for all of them costs as much as the solve.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -56,6 +48,7 @@ import numpy as np
 
 from cfll import _checks
 from cfll.cg import CG, conjugate_gradients
+from cfll.cholesky import cho_solve, cholesky, cholesky_with_rcond, dot, lower_gram
 from cfll.heads import LinearHead, widest_dtype
 
 # Codes in SolveInfo.route. "given": the caller solved; "eigh": from sums, see stats.py.
@@ -74,15 +67,8 @@ _SETTLED = 300
 _PROBES = 8
 # Below this, refinement is what makes the answer: who has sums and no data cannot solve.
 SINGULAR = 1e2
-# From how many features on a Gram matrix is made in strips: below, a product is too small to split.
-_STRIPS_FROM = 512
-# How far below the smallest pivot the smallest eigenvalue lies on features that are not contrived.
-_OPTIMISM = 10
 # What the qr route takes for rounding, in multiples of the machine epsilon.
 _NOISE = 32
-
-_HIGHEST = jax.lax.Precision.HIGHEST  # GPUs multiply float32 in TF32 by default, TPUs in bfloat16
-dot = partial(jnp.matmul, precision=_HIGHEST)
 
 
 class SolveInfo(NamedTuple):
@@ -339,11 +325,11 @@ def _correct(
         # Its alpha is about lam / |features|^2 of the residual, and must not vanish: solve in units
         # in which the residual is one. Elsewhere that would only cost devices one more message.
         unit = jax.lax.stop_gradient(_power_of_two(residual))
-        correction, effort = _solve(plan, factor, system, residual / unit)
-        bias = None if correction.bias is None else correction.bias * unit[0]
-        correction = LinearHead(correction.kernel * unit, bias)
+        near = None if anchor is None else _scale(anchor, 1 / unit)
+        correction, effort = _solve(plan, factor, system, residual / unit, near)
+        correction = _scale(correction, unit)
     else:
-        correction, effort = _solve(plan, factor, system, residual)
+        correction, effort = _solve(plan, factor, system, residual, anchor)
     head = correction if anchor is None else jax.tree.map(jnp.add, anchor, correction)
     code = jnp.where(
         factor.level == len(_STEPS), ROUTES.index("qr"), ROUTES.index(plan.route)
@@ -354,6 +340,11 @@ def _correct(
         iterations=effort.iterations.astype(jnp.int32),
         residual=effort.residual,
     )
+
+
+def _scale(head: LinearHead, units: jax.Array) -> LinearHead:
+    """Each output times its unit, (1, o)."""
+    return LinearHead(head.kernel * units, None if head.bias is None else head.bias * units[0])
 
 
 def _power_of_two(rows: jax.Array) -> jax.Array:
@@ -510,8 +501,9 @@ class _Effort(NamedTuple):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _solve(
-    plan: _Plan, factor: _Factor, system: _System, rho: jax.Array
+    plan: _Plan, factor: _Factor, system: _System, rho: jax.Array, near: LinearHead | None
 ) -> tuple[LinearHead, _Effort]:
+    # What the correction is added to, ``near``, only says how exact the correction has to be.
     none = _Effort(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
     if plan.route == "cg":
         return _cg(plan.options, factor, system, _adjoint(system, rho))
@@ -522,20 +514,20 @@ def _solve(
     refined: Any
     refined = {"primal": _refined_primal, "dual": _refined_dual}[plan.route]
     if not plan.guarded:
-        return refined(factor, system, rho, rhs), none
+        return refined(factor, system, rho, rhs, near), none
     x = jax.lax.cond(
         factor.level == len(_STEPS),
         lambda: _qr(system, rho),
-        lambda: refined(factor, system, rho, rhs),
+        lambda: refined(factor, system, rho, rhs, near),
     )
     return x, none
 
 
 @_solve.defjvp
 def _solve_jvp(plan, primals, tangents):
-    factor, system, rho = primals
-    _, dsystem, drho = tangents
-    x, effort = _solve(plan, factor, system, rho)
+    factor, system, rho, near = primals
+    _, dsystem, drho, _ = tangents
+    x, effort = _solve(plan, factor, system, rho, near)
     residual = rho - x(system.features)
     _, g = jax.jvp(
         lambda s: jax.tree.map(jnp.subtract, _adjoint(s, residual), _penalize(s, x)),
@@ -623,9 +615,13 @@ def _refine(
     x: jax.Array,
     targets: jax.Array,
     limit: jax.Array,
+    near: jax.Array | None,
     num_auxiliary: int = 0,
 ) -> jax.Array:
     """Solve again for what is left, until that changes nothing or for ``limit`` times.
+
+    Nothing of the head, which is the solution and what it is added to: as a network converges, its
+    corrections become small, and their last digits are of no use.
 
     Args:
       solve: the factor at work, column by column.
@@ -634,7 +630,8 @@ def _refine(
       x: the solution so far, (m, o).
       targets: (n, o).
       limit: int32 scalar.
-      num_auxiliary: so many rows of x, the first, are not asked whether they still change.
+      near: what the solution without its auxiliary rows is added to, (m, o), or None.
+      num_auxiliary: so many rows of x, the first, are no part of the head.
 
     Returns:
       The solution, (m, o).
@@ -642,12 +639,14 @@ def _refine(
     outputs = x.shape[1]
     probed = outputs >= 8 * _PROBES
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (outputs, _PROBES))
-    units = _power_of_two(x[num_auxiliary:])  # outputs may differ by orders of magnitude
+    head = x[num_auxiliary:] if near is None else x[num_auxiliary:] + near
+    units = _power_of_two(head)  # outputs may differ by orders of magnitude
+    size = jnp.linalg.norm(head / units)
     tolerance = _SETTLED * jnp.finfo(x.dtype).eps
 
     def settled(change: jax.Array, combinations: float) -> jax.Array:
-        size = jnp.linalg.norm(x[num_auxiliary:] / units) * math.sqrt(combinations)
-        return jnp.linalg.norm(change[num_auxiliary:]) <= tolerance * size  # NaN is not settled
+        allowed = tolerance * size * math.sqrt(combinations)
+        return jnp.linalg.norm(change[num_auxiliary:]) <= allowed  # NaN is not settled
 
     def step(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         change = solve(residual(x, targets))
@@ -699,55 +698,6 @@ def border(
     return jnp.concatenate([top, jnp.concatenate([feature_sum[None, :], corner], axis=1)])
 
 
-def cholesky_with_rcond(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cholesky factor and the condition estimate of the module's docstring.
-
-    Args:
-      matrix: symmetric, (m, m); only its lower triangle is read.
-
-    Returns:
-      The lower factor, NaN where it does not exist, and the estimate, then NaN as well.
-    """
-    lower = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
-    diagonal, dtype = jnp.diagonal(matrix), jnp.finfo(matrix.dtype)
-    pivots = jnp.square(jnp.diagonal(lower)) / diagonal
-    # Smaller, and products that count were flushed to zero; larger, and the solution of a
-    # right-hand side of size one is.
-    in_range = (diagonal >= dtype.tiny / dtype.eps) & (diagonal <= dtype.eps / dtype.tiny)
-    pivots = jnp.where(in_range | jnp.isnan(pivots), pivots, jnp.zeros_like(pivots))
-    # Chains of small pivots multiply: two steps of inverse iteration see the smallest eigenvalue.
-    root = jnp.sqrt(diagonal)[:, None]
-    vector = jnp.cos(jnp.arange(len(root), dtype=root.dtype))[:, None]  # no symmetry to miss
-    for _ in range(2):
-        vector = root * cho_solve(lower, root * vector / jnp.linalg.norm(vector))
-    smallest = 1 / jnp.linalg.norm(vector)
-    return lower, jnp.minimum(jnp.min(pivots), _OPTIMISM * smallest) / math.sqrt(matrix.shape[0])
-
-
-def lower_gram(left: jax.Array, right: jax.Array) -> jax.Array:
-    """The lower triangle of left^T right, where that product is symmetric.
-
-    In strips, each against the columns up to its own last one: 5 / 8 of the whole product's
-    operations. What is above the triangle is not to be read.
-
-    Args:
-      left: (n, d).
-      right: (n, d), the same but for weights of the rows.
-
-    Returns:
-      (d, d).
-    """
-    d = left.shape[1]
-    if d < _STRIPS_FROM:
-        return dot(left.T, right)
-    ends = [d * k // 4 for k in range(5)]
-    strips = [
-        jnp.pad(dot(left[:, start:end].T, right[:, :end]), ((0, 0), (0, d - end)))
-        for start, end in itertools.pairwise(ends)
-    ]
-    return jnp.concatenate(strips)
-
-
 def _factorize_primal(system: _System) -> _Factor:
     features = system.features
     weighted = _weigh(system, features)
@@ -792,24 +742,12 @@ def split_head(rows: jax.Array, has_bias: bool) -> LinearHead:
     return LinearHead(rows[:-1], rows[-1]) if has_bias else LinearHead(rows)
 
 
-def cho_solve(lower: jax.Array, rhs: jax.Array) -> jax.Array:
-    """Solve with a Cholesky factor.
-
-    Args:
-      lower: the factor, (m, m).
-      rhs: (m, k).
-
-    Returns:
-      (lower lower^T)^{-1} rhs, (m, k).
-    """
-    half = jax.lax.linalg.triangular_solve(lower, rhs, left_side=True, lower=True)
-    return jax.lax.linalg.triangular_solve(
-        lower, half, left_side=True, lower=True, transpose_a=True
-    )
-
-
 def _refined_primal(
-    factor: _Factor, system: _System, rho: jax.Array, rhs: LinearHead
+    factor: _Factor,
+    system: _System,
+    rho: jax.Array,
+    rhs: LinearHead,
+    near: LinearHead | None,
 ) -> LinearHead:
     has_bias = rhs.bias is not None
     solve = partial(cho_solve, factor.matrix)
@@ -819,6 +757,7 @@ def _refined_primal(
         solve(stack_head(rhs)),
         rho,
         _step_limit(factor),
+        None if near is None else stack_head(near),
     )
     return split_head(x, has_bias)
 
@@ -865,11 +804,7 @@ def _roots(system: _System) -> tuple[jax.Array, jax.Array]:
 
 def _factorize_dual(system: _System) -> _Factor:
     z, s = _roots(system)
-    extra = (
-        jax.lax.linalg.cholesky(system.penalty, symmetrize_input=False)
-        if system.penalty.ndim == 2
-        else None
-    )
+    extra = cholesky(system.penalty) if system.penalty.ndim == 2 else None
     if system.penalty.ndim == 0:
         kernel = dot(z, z.T) / system.penalty  # n^2 divisions instead of n d
     else:
@@ -951,7 +886,9 @@ def _from_dual(
     )
 
 
-def _refined_dual(factor: _Factor, system: _System, rho: jax.Array, rhs: None = None) -> LinearHead:
+def _refined_dual(
+    factor: _Factor, system: _System, rho: jax.Array, rhs: None, near: LinearHead | None
+) -> LinearHead:
     """Refine alpha, delta and the kernel together.
 
     Not alpha alone, whose own rounding the kernel Lambda^{-1} Z^T alpha magnifies where the data
@@ -977,7 +914,9 @@ def _refined_dual(factor: _Factor, system: _System, rho: jax.Array, rhs: None = 
     limit = _step_limit(factor)
 
     def refine() -> LinearHead:
-        x = _refine(solve, left_of, solve(dual_rhs), rho, limit, num_auxiliary=n)
+        # The bias is above the kernel here, as delta is.
+        rows = None if near is None else jnp.roll(stack_head(near), has_bias, axis=0)
+        x = _refine(solve, left_of, solve(dual_rhs), rho, limit, rows, num_auxiliary=n)
         return LinearHead(x[dual_rows:], x[n] if has_bias else None)
 
     def solve_once() -> LinearHead:  # without a copy of the kernel below alpha

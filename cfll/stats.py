@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cfll import _checks, solve
+from cfll.cholesky import cho_solve, cholesky_with_rcond, dot
 from cfll.heads import LinearHead, widest_dtype
 
 
@@ -114,8 +115,8 @@ class GramStats(NamedTuple):
             count = jnp.sum(weights)
         with_bias = self.feature_sum is not None
         return GramStats(
-            gram=solve.dot(features.T, weighted),
-            cross=solve.dot(weighted.T, targets),
+            gram=dot(features.T, weighted),
+            cross=dot(weighted.T, targets),
             feature_sum=jnp.sum(weighted, axis=0) if with_bias else None,
             target_sum=jnp.sum(weighted_targets, axis=0) if with_bias else None,
             weight_sum=count,
@@ -234,18 +235,18 @@ class GramStats(NamedTuple):
             jnp.zeros((), dtype) if has_bias else None,
         )
         cross = solve.stack_head(LinearHead(stats.cross, stats.target_sum))
-        residual = cross - solve.dot(unpenalized, solve.stack_head(anchor))
+        residual = cross - dot(unpenalized, solve.stack_head(anchor))
 
-        lower, rcond = solve.cholesky_with_rcond(jax.lax.stop_gradient(matrix))
+        lower, rcond = cholesky_with_rcond(jax.lax.stop_gradient(matrix))
         singular = ~(rcond >= solve.SINGULAR * jnp.finfo(dtype).eps)
 
         def apply_inverse(_, rhs):
             return jax.lax.cond(
-                singular, lambda: _pseudo_solve(matrix, rhs), lambda: solve.cho_solve(lower, rhs)
+                singular, lambda: _pseudo_solve(matrix, rhs), lambda: cho_solve(lower, rhs)
             )
 
         correction = jax.lax.custom_linear_solve(
-            partial(solve.dot, matrix), residual, apply_inverse, symmetric=True
+            partial(dot, matrix), residual, apply_inverse, symmetric=True
         )
         head = jax.tree.map(jnp.add, anchor, solve.split_head(correction, has_bias))
         route = jnp.where(singular, solve.ROUTES.index("eigh"), solve.ROUTES.index("primal"))
@@ -262,5 +263,5 @@ def _pseudo_solve(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
     scale = jax.lax.stop_gradient(scale)
     cut = 8 * matrix.shape[0] * jnp.finfo(matrix.dtype).eps
     inverse = jnp.where(values > cut, 1 / values, jnp.where(jnp.isnan(values), values, 0))
-    rotated = solve.dot(vectors.T, rhs / scale[:, None])
-    return solve.dot(vectors, inverse[:, None] * rotated) / scale[:, None]
+    rotated = dot(vectors.T, rhs / scale[:, None])
+    return dot(vectors, inverse[:, None] * rotated) / scale[:, None]

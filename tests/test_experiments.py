@@ -14,9 +14,9 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import comparison
+from benchmarks import comparison, methods
 from benchmarks.data import burgers as burgers_data
-from benchmarks.experiments import burgers, classification, dfiv, results
+from benchmarks.experiments import bfloat16, burgers, classification, dfiv, results
 from benchmarks.methods import ALGORITHM_1, GRADIENT, PROXIMAL, RIDGE, Method
 from benchmarks.models.cnn import CNN
 from benchmarks.models.fno import FNO1d
@@ -165,6 +165,42 @@ def test_orders_and_ablations(tiny_images, monkeypatch):
     monkeypatch.setattr(classification, "ABLATIONS", {"bias": classification.ABLATIONS["bias"]})
     classification.ablations(data=characters, out=out)
     assert len(list(out.glob("ablation_omniglot_*.png"))) == 2
+
+
+def test_bfloat16_runs_stops_and_resumes(monkeypatch, tmp_path, capsys):
+    settings = bfloat16.Settings(
+        epochs=1,
+        batch_size=8,
+        num_seeds=1,
+        model=FNO1d(width=4, modes=4, depth=1, num_features=8),
+        rates=(("SGD", GRADIENT, 0.01), ("SGD", PROXIMAL, 0.01)),
+    )
+    monkeypatch.setattr(bfloat16, "SETTINGS", settings)
+    monkeypatch.setattr(
+        burgers_data, "load_burgers", partial(burgers_data.load_burgers, settings=TINY_FIELDS)
+    )
+    path = tmp_path / "bfloat16.jsonl"
+    lines = stop_and_resume(lambda: bfloat16.bfloat16(out=tmp_path), path, monkeypatch)
+    assert len(lines) == 4
+    assert "within 5 %" in capsys.readouterr().out
+    found = bfloat16.summarize(Records(path), tmp_path)
+    assert [claim.holds for claim in found.claims].count(None) == 0
+    assert len(found.tables[0].rows) == 2
+
+
+def test_a_half_precision_backbone_keeps_parameters_and_head_in_float32():
+    model = FNO1d(width=4, modes=4, depth=1, num_features=8)
+    inputs, targets = np.ones((2, 16, 2), np.float32), np.ones((2, 16, 1), np.float32)
+    backbone = comparison.network(model, 0, inputs)
+    apply = bfloat16.backbone_in("bfloat16", backbone.apply)
+    features, _ = apply(backbone.params, backbone.stats, inputs, train=True)
+    assert features.dtype == jax.numpy.bfloat16
+    method = bfloat16.method_of("SGD", PROXIMAL)
+    hyper = methods.Hyper(0.1, 10.0, 5)
+    state = methods.init(method, hyper, backbone.params, backbone.stats, 0)
+    batch = methods.Batch(inputs, targets)
+    state, _ = methods.step(method, apply, hyper, state, batch, batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
 
 
 def test_images_need_a_folder(tmp_path):

@@ -191,6 +191,25 @@ def test_each_of_many_outputs_is_solved(make, lam, n):
     assert (error <= 1e-4 * np.linalg.norm(rows @ expected, axis=0)).all()
 
 
+@pytest.mark.parametrize("make", [relu, collinear, shifted])
+@pytest.mark.parametrize("lam", [1e2, 1.0, 1e-2])
+@pytest.mark.parametrize("n", [1024, 200])
+@pytest.mark.parametrize("o", [2, 100])
+def test_a_small_correction_makes_an_exact_head(make, lam, n, o):
+    # It is refined only as far as the head, anchor and correction together, has digits.
+    rng = np.random.default_rng(0)
+    features = make(rng, n, 256).astype(np.float32)
+    anchor = rng.normal(size=(257, o)).astype(np.float32)
+    bordered = np.hstack([features, np.ones((n, 1))])
+    targets = bordered @ anchor + 1e-3 * rng.normal(size=(n, o))
+    targets = targets.astype(np.float32)
+    rows = stacked_rows(features, lam)
+    expected = np.linalg.lstsq(rows, np.vstack([targets, np.sqrt(lam) * anchor]))[0]
+    head = cfll.prox_solve(features, targets, cfll.LinearHead(anchor[:-1], anchor[-1]), lam)
+    assert relative_error(stack(head), expected) < 1e-4
+    assert relative_error(rows @ stack(head), rows @ expected) < 1e-5
+
+
 def dead_relu_features(n, d, rng):
     """Post-activation features as networks have them: dead, duplicated, scaled apart."""
     features = np.maximum(rng.normal(size=(n, d)) @ rng.normal(size=(d, d)), 0)

@@ -135,6 +135,12 @@ def load(design: Design, num_train: int, seed: int, file: Path | None) -> Task:
     return Task(train_set, drawn.validation, drawn.test)
 
 
+@partial(jax.jit, static_argnums=0)
+def initialized(module: Any, key: jax.Array, inputs: jax.Array) -> Any:
+    """Variables of a module, compiled once for all seeds."""
+    return module.init(key, inputs, train=False)
+
+
 def make_networks(design: Design, width_factor: float, seed: int, batch: iv.IVBatch) -> iv.Networks:
     """Published networks, initialized."""
     names = ("treatment", "instrument") + (("covariate",) if design == "demand" else ())
@@ -142,7 +148,7 @@ def make_networks(design: Design, width_factor: float, seed: int, batch: iv.IVBa
 
     def backbone(name: str, key: jax.Array) -> iv.Backbone:
         module = getattr(models, f"{design}_{name}")(width_factor)
-        variables = jax.jit(partial(module.init, train=False))(key, getattr(batch, name)[:2])
+        variables = initialized(module, key, getattr(batch, name)[:2])
         return cfll.flax.linen_backbone(module, variables)
 
     return iv.Networks(*map(backbone, names, keys))

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from benchmarks import summary
 from benchmarks.experiments import (
+    bfloat16,
     burgers,
     classification,
     dfiv,
@@ -64,6 +65,7 @@ SECTIONS = (
     Section("theory.jsonl", theory.summarize),
     Section("speed.jsonl", speed.summarize),
     Section("numerics.jsonl", numerics.summarize),
+    Section("bfloat16.jsonl", bfloat16.summarize),
 )
 
 

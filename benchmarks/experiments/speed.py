@@ -136,14 +136,14 @@ def kernels(features: np.ndarray, targets: np.ndarray) -> dict[str, Callable[[],
     def by_lineax(features, targets):
         ones = jnp.ones((len(features), 1), features.dtype)
         features = jnp.concatenate([features, ones], axis=1)
-        gram = cfll.solve.dot(features.T, features) + BETA * jnp.eye(features.shape[1])
+        gram = cfll.cholesky.dot(features.T, features) + BETA * jnp.eye(features.shape[1])
         tag = lineax.positive_semidefinite_tag
         operator = lineax.MatrixLinearOperator(gram, tag)
         return jax.vmap(
             lambda rhs: lineax.linear_solve(operator, rhs, lineax.Cholesky()).value,
             in_axes=1,
             out_axes=1,
-        )(cfll.solve.dot(features.T, targets))
+        )(cfll.cholesky.dot(features.T, targets))
 
     ours = jax.jit(partial(cfll.ridge_solve, beta=BETA))
     empty = jax.jit(lambda features, targets: cfll.LinearHead(targets[:1], targets[0]))

@@ -33,7 +33,7 @@ class SpectralConv(nn.Module):
     """Multiply each of the lowest Fourier modes by its own complex (c, c) matrix.
 
     The weights are real (real and imaginary part are stacked in front), so that every optimizer can
-    train them.
+    train them. As all layers here it computes in the dtype of inputs and weights.
     """
 
     width: int
@@ -50,7 +50,9 @@ class SpectralConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Args: x of shape (points, batch, c). Returns the same shape, on the same grid."""
         points, batch, width = x.shape
-        analysis, synthesis = map(jnp.asarray, truncated_fourier(points, self.modes))
+        analysis, synthesis = (
+            jnp.asarray(m, x.dtype) for m in truncated_fourier(points, self.modes)
+        )
         modes = (analysis @ x.reshape(points, -1)).reshape(2, self.modes, batch, width)
         (real, imaginary), (kernel_real, kernel_imaginary) = modes, self.kernel
         product = jnp.stack(
