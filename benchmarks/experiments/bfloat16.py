@@ -245,10 +245,9 @@ def claims_of(outcomes: Sequence[Outcome]) -> list[summary.Claim]:
 REASONS = (
     "*Why 5 % do not hold.* A network that was trained in float32 loses about as much by being "
     "*computed* in bfloat16, before any training in it: features of three digits leave an error in "
-    "the predictions, whatever the head is. It grows with the *terms*, the sum over the features "
-    "of squared weight times second moment. A head in closed form uses fine differences of "
-    "features, by larger weights of both signs; that is where it is better, and what rounding "
-    "takes back."
+    "the predictions, whatever the head is. It grows with the *terms* that they are the sum of, "
+    "and those of heads in closed form are larger: fine differences of features are where these "
+    "heads are better, and what rounding takes back."
 )
 
 
@@ -292,8 +291,8 @@ def summarize(records: Records, figures: Path, preset: str = "cpu") -> summary.S
             summary.Table(
                 f"Test MSE in units of u² on 8192 points, mean of {settings.num_seeds} seeds ± "
                 "half the 95 % interval, trained and measured in one precision. Then ratios of "
-                "means to float32: trained and measured in bfloat16, only one of the two; and the "
-                "terms in float32, in u².",
+                "means to float32: trained and measured in bfloat16, only one of the two. Terms: "
+                "sum over the features of squared weight times second moment, in float32, in u².",
                 (
                     "optimizer",
                     "head",
