@@ -1,7 +1,8 @@
 """cfll: networks whose last linear layer is solved in closed form at every step.
 
 Layers, bottom to top: `heads`, `cg`, `cholesky`, `solve`, `stats`, `objectives`, `rules`,
-`transform`; beside the last, `cfll.iv` has two-stage heads. `cfll.flax` is imported by those who use Flax.
+`transform`; beside the last, `cfll.iv` has two-stage heads. `cfll.flax` is imported by those who
+use Flax.
 """
 
 from cfll.cg import CG
