@@ -129,8 +129,8 @@ def run(
         for name in PRECISIONS
     }
 
-    def on_batch(state: State, *arrays: Any) -> tuple[State, jax.Array]:
-        batch = Batch(*arrays)
+    def on_batch(state: State, *pair: Any) -> tuple[State, jax.Array]:
+        batch = Batch(*pair)
         return take_step(hyper, state, batch, batch)
 
     for seed in range(settings.num_seeds):
