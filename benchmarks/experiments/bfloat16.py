@@ -57,7 +57,7 @@ class Settings(NamedTuple):
         ("SGD", PROXIMAL, 0.14),
         ("Adam", GRADIENT, 0.005),
         ("Adam", PROXIMAL, 0.005),
-        ("Muon", GRADIENT, 0.02),
+        ("Muon", GRADIENT, 0.04),
         ("Muon", PROXIMAL, 0.01),
     )
 
