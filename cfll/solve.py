@@ -605,8 +605,26 @@ def _right_hand_side(system: _System, g: LinearHead | None, rho: jax.Array | Non
     return rhs if g is None else jax.tree.map(jnp.add, rhs, g)
 
 
-def _step_limit(factor: _Factor) -> jax.Array:
-    return jnp.array(_STEPS, jnp.int32)[factor.level]
+def _step_limit(factor: _Factor, x: jax.Array, near: jax.Array | None) -> jax.Array:
+    """How many steps of refinement may be needed, int32.
+
+    The error of Cholesky, eps / rcond, is relative to the correction; what counts is the head. An
+    anchor far away is canceled by the correction, from one that is near the correction is small.
+    """
+    limit = jnp.array(_STEPS, jnp.int32)[factor.level]
+    if near is None:
+        return limit
+    units, head = _in_units(x, near)
+    enlarged = jnp.linalg.norm(x / units) / jnp.linalg.norm(head)  # not a number: refine
+    exact = factor.rcond >= _LEVELS[0] * jnp.finfo(x.dtype).eps * enlarged
+    return jnp.where(exact, 0, jnp.maximum(limit, 1))
+
+
+def _in_units(x: jax.Array, near: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """A unit for each output, (1, o), and the head, x + near, in them: outputs may differ a lot."""
+    head = x if near is None else x + near
+    units = _power_of_two(head)
+    return units, head / units
 
 
 def _refine(
@@ -639,9 +657,8 @@ def _refine(
     outputs = x.shape[1]
     probed = outputs >= 8 * _PROBES
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (outputs, _PROBES))
-    head = x[num_auxiliary:] if near is None else x[num_auxiliary:] + near
-    units = _power_of_two(head)  # outputs may differ by orders of magnitude
-    size = jnp.linalg.norm(head / units)
+    units, head = _in_units(x[num_auxiliary:], near)
+    size = jnp.linalg.norm(head)
     tolerance = _SETTLED * jnp.finfo(x.dtype).eps
 
     def settled(change: jax.Array, combinations: float) -> jax.Array:
@@ -749,17 +766,10 @@ def _refined_primal(
     rhs: LinearHead,
     near: LinearHead | None,
 ) -> LinearHead:
-    has_bias = rhs.bias is not None
     solve = partial(cho_solve, factor.matrix)
-    x = _refine(
-        solve,
-        partial(_left_of, system),
-        solve(stack_head(rhs)),
-        rho,
-        _step_limit(factor),
-        None if near is None else stack_head(near),
-    )
-    return split_head(x, has_bias)
+    x, rows = solve(stack_head(rhs)), None if near is None else stack_head(near)
+    x = _refine(solve, partial(_left_of, system), x, rho, _step_limit(factor, x, rows), rows)
+    return split_head(x, rhs.bias is not None)
 
 
 def _left_of(system: _System, x: jax.Array, rho: jax.Array) -> jax.Array:
@@ -910,19 +920,20 @@ def _refined_dual(
         known = _bordered_rows(system, x[:dual_rows], dot(z, x[dual_rows:]))
         return _dual_right_hand_side(factor, system, None, rho) - known
 
-    dual_rhs = _dual_right_hand_side(factor, system, None, rho)
-    limit = _step_limit(factor)
+    unknowns = solve_dual(_dual_right_hand_side(factor, system, None, rho))
+    once = _from_dual(factor, system, None, unknowns)
+    rows = None if near is None else stack_head(near)
+    limit = _step_limit(factor, stack_head(once), rows)
 
     def refine() -> LinearHead:
+        x = jnp.concatenate([unknowns, once.kernel])
         # The bias is above the kernel here, as delta is.
-        rows = None if near is None else jnp.roll(stack_head(near), has_bias, axis=0)
-        x = _refine(solve, left_of, solve(dual_rhs), rho, limit, rows, num_auxiliary=n)
+        above = None if rows is None else jnp.roll(rows, has_bias, axis=0)
+        x = _refine(solve, left_of, x, rho, limit, above, num_auxiliary=n)
         return LinearHead(x[dual_rows:], x[n] if has_bias else None)
 
-    def solve_once() -> LinearHead:  # without a copy of the kernel below alpha
-        return _from_dual(factor, system, None, solve_dual(dual_rhs))
-
-    return jax.lax.cond(limit > 0, refine, solve_once)
+    # Without refinement no copy of the kernel below alpha.
+    return jax.lax.cond(limit > 0, refine, lambda: once)
 
 
 def _dual(

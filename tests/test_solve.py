@@ -210,6 +210,36 @@ def test_a_small_correction_makes_an_exact_head(make, lam, n, o):
     assert relative_error(rows @ stack(head), rows @ expected) < 1e-5
 
 
+@pytest.mark.parametrize("n", [1000, 300])
+@pytest.mark.parametrize("o", [2, 100])
+def test_an_anchor_far_away_cancels_without_harm(n, o):
+    # The anchor is 50 times as large as the head, and so are errors relative to it.
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(n, 256)).astype(np.float32)
+    targets = (features[:, :o] / 3).astype(np.float32)
+    anchor = rng.normal(size=(257, o)).astype(np.float32)
+    rows = stacked_rows(features, 1e-2)
+    expected = np.linalg.lstsq(rows, np.vstack([targets, 0.1 * anchor]))[0]
+    head = cfll.prox_solve(features, targets, cfll.LinearHead(anchor[:-1], anchor[-1]), 1e-2)
+    assert relative_error(stack(head), expected) < 1e-4
+
+
+def test_many_small_corrections_do_not_drift():
+    # Each may err by as much as the head has digits; the next ones see it.
+    rng = np.random.default_rng(0)
+    mix, truth = rng.normal(size=(64, 64)) / 8, rng.normal(size=(64, 70))
+    head, exact = cfll.LinearHead.zeros(64, 70), np.zeros((65, 70))
+    step = jax.jit(lambda *args: cfll.prox_solve(*args, lam=1.0))
+    for _ in range(100):
+        features = (5 + rng.normal(size=(128, 64)) @ mix).astype(np.float32)
+        targets = (features @ truth).astype(np.float32)
+        head = step(features, targets, head)
+        bordered = np.hstack([features, np.ones((128, 1))]).astype(float)
+        gram = bordered.T @ bordered + np.eye(65)
+        exact += np.linalg.solve(gram, bordered.T @ (targets - bordered @ exact))
+    assert relative_error(stack(head), exact) < 1e-4
+
+
 def dead_relu_features(n, d, rng):
     """Post-activation features as networks have them: dead, duplicated, scaled apart."""
     features = np.maximum(rng.normal(size=(n, d)) @ rng.normal(size=(d, d)), 0)
