@@ -1,7 +1,7 @@
 r"""Gram matrices, their Cholesky factors and how far those can be trusted; knows no head.
 
-Speed. LAPACK's factorization and triangular solves are slow beside XLA's matrix products (on a CPU
-with one thread for LAPACK: two to four times). So large ones are split into halves,
+Speed. On a CPU LAPACK does not share XLA's threads: with one thread its factorizations and
+triangular solves are slow beside XLA's matrix products. So large ones are split into halves,
 
 .. math::
     A = \begin{pmatrix} A_{11} & A_{21}^\top \\ A_{21} & A_{22} \end{pmatrix}, \qquad
@@ -30,8 +30,7 @@ import jax.numpy as jnp
 
 # From how many features on a Gram matrix is made in strips: below, a product is too small to split.
 _STRIPS_FROM = 512
-# Up to this size a factor is LAPACK's alone. Measured: halves of 128 to 512 are about the same, and
-# 512 is not worth splitting.
+# Up to this size a factor is LAPACK's alone: a few hundred rows are not worth splitting.
 _LEAF = 640
 # How far below the smallest pivot the smallest eigenvalue lies on features that are not contrived.
 _OPTIMISM = 10

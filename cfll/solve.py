@@ -94,6 +94,9 @@ class SolveInfo(NamedTuple):
 def given() -> SolveInfo:
     """The diagnostics of a head that was not solved here, of any shape.
 
+    Args:
+      None.
+
     Returns:
       Scalars: route "given" (int32), reciprocal condition number 1 (float32), no iterations
       (int32), no residual (float32).
