@@ -20,7 +20,7 @@ from benchmarks.methods import Batch, Hyper, Method, State
 from benchmarks.progress import SweepProgress
 from benchmarks.records import Record, Records
 from benchmarks.tuning import Point, best_of, descend
-from cfll.iv import Backbone
+from cfll.networks import Backbone
 
 # The grids of all experiments: half decades of rates, decades of penalties.
 RATES = tuple(float(f"{mantissa}e{exponent}") for exponent in range(-5, 2) for mantissa in (1, 3))
@@ -341,7 +341,7 @@ def network(model: Any, seed: int, inputs: Any) -> Backbone:
       inputs: sets the shapes.
     """
     variables = model.init(jax.random.key(seed), np.asarray(inputs, np.float32))
-    return cfll.flax.linen_backbone(model, variables, method="features")
+    return cfll.flax.backbone(model, variables, method="features")
 
 
 def measurement(metric: str, outputs: Callable[..., jax.Array]) -> Callable[[State, Batch], float]:

@@ -1,10 +1,11 @@
 """The methods that the experiments compare: one training step each, for any network with a head.
 
-Above `optimizers.py`, below `comparison.py`. A network is what `cfll.flax.linen_backbone` makes of
-a module with a dense layer called "head": its features come from there, its outputs are made here.
+Above `optimizers.py`, below `comparison.py`. A network is what `cfll.flax.backbone` makes of a
+module with a dense layer called "head": its features come from there, its outputs are made here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import optax
 
 import cfll
 from benchmarks.optimizers import OPTIMIZERS, cosine_decay
-from cfll.iv import ApplyFn
+from cfll.networks import ApplyFn
 
 HEAD = "head"
 
@@ -23,6 +24,13 @@ ALGORITHM_1, ALGORITHM_2, EQUATION_17 = "Alg. 1", "Alg. 2", "Eq. (17)"
 
 AVERAGE_DECAY = 0.5  # of Barboni et al.
 
+# Of the heads in closed form; called with a method's strength.
+RULES: Mapping[str, Callable[..., cfll.Rule]] = {
+    RIDGE: cfll.ridge,
+    AVERAGE: partial(cfll.averaged_ridge, decay=AVERAGE_DECAY),
+    PROXIMAL: cfll.prox,
+}
+
 
 class Method(NamedTuple):
     """A row of a comparison.
@@ -30,7 +38,7 @@ class Method(NamedTuple):
     Attributes:
       optimizer: of the backbone, and of a gradient head: a key of `OPTIMIZERS`.
       head: how the head is found: GRADIENT, TWO_TIMESCALE, RIDGE, AVERAGE or PROXIMAL.
-      order: of backbone and head within a step, for RIDGE and PROXIMAL.
+      order: of backbone and head within a step, for RIDGE and PROXIMAL; AVERAGE has but Eq. (17).
       loss: "l2", or "cross entropy" with a gradient head.
       use_bias: whether the head has an intercept.
       init: of the head's kernel: "zeros", "lecun", "xavier" or "he". `None`: zeros for closed-form
@@ -137,12 +145,12 @@ def transformation(method: Method, hyper: Hyper) -> Any:
         return optimizer
     if method.head == TWO_TIMESCALE:
         return optax.chain(optimizer, optax.masked(optax.scale(hyper.strength), _only_head))
-    rule = {
-        RIDGE: lambda: cfll.ridge(hyper.strength),
-        AVERAGE: lambda: cfll.ema(hyper.strength, AVERAGE_DECAY),
-        PROXIMAL: lambda: cfll.prox(hyper.strength),
-    }[method.head]()
-    return cfll.closed_form(optimizer, rule, head=HEAD)
+    return cfll.closed_form(optimizer, rule_of(method, hyper), head=HEAD)
+
+
+def rule_of(method: Method, hyper: Hyper) -> cfll.Rule:
+    """How a method with a closed-form head finds it."""
+    return RULES[method.head](hyper.strength)
 
 
 def step(
@@ -162,36 +170,22 @@ def step(
       The next state and the loss of the batch.
     """
     tx = transformation(method, hyper)
-    anchor: Any = None
-    if method.head in (RIDGE, AVERAGE, PROXIMAL):
-        anchor = optax.tree.get(state.opt_state, "anchor")
+    solve_first = method.head == AVERAGE or method.order == EQUATION_17
 
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, Any]]:
         features, stats = apply(params, state.stats, batch.inputs, train=True)
-        solution = None
-        if method.head == AVERAGE or (method.head == RIDGE and method.order == EQUATION_17):
-            # Solve first, then descend at that head; by Theorem 1 no derivative is lost.
-            ridge = cfll.ridge_solve(
-                jax.lax.stop_gradient(features),
-                batch.targets,
-                hyper.strength,
-                use_bias=method.use_bias,
-            )
-            mu = AVERAGE_DECAY if method.head == AVERAGE else 0.0
-            solution = jax.tree.map(lambda old, new: mu * old + (1 - mu) * new, anchor, ridge)
-            loss = l2_loss(solution(features), batch.targets)
-        elif method.order == EQUATION_17:
-            loss, solution = cfll.prox_loss(features, batch.targets, anchor, hyper.strength)
-        else:
-            outputs = cfll.get_head(params, HEAD)(features)
-            loss = LOSSES[method.loss](outputs, batch.targets)
-        return loss, (stats, solution)
+        if solve_first:
+            head = cfll.get_state(state.opt_state)
+            loss, solution = rule_of(method, hyper).loss(features, batch.targets, head)
+            return loss, (stats, solution)
+        outputs = cfll.get_head(params, HEAD)(features)
+        return LOSSES[method.loss](outputs, batch.targets), (stats, None)
 
     (loss, (stats, solution)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     keywords: dict[str, Any] = {}
-    if solution is not None:
+    if solve_first:
         keywords = {"solution": solution}
-    elif anchor is not None:
+    elif method.head in RULES:
         solved_on = following if method.order == ALGORITHM_2 else batch
 
         def feature_fn(params: Any) -> jax.Array:
@@ -204,10 +198,10 @@ def step(
 
 def first_head(method: Method, apply: ApplyFn, hyper: Hyper, state: State, batch: Batch) -> State:
     """Lines 3 and 4 of Algorithm 2: fit the head on the first batch, before the first step."""
-    anchor = optax.tree.get(state.opt_state, "anchor")
     features, _ = apply(state.params, state.stats, batch.inputs, train=True)
-    head = cfll.prox_solve(features, batch.targets, anchor, hyper.strength)
-    params = cfll.set_head(state.params, HEAD, head)
+    head = cfll.get_state(state.opt_state)
+    solution = rule_of(method, hyper).solve(features, batch.targets, head)
+    params = cfll.set_head(state.params, HEAD, solution.head)
     return State(params, state.stats, transformation(method, hyper).init(params))
 
 
@@ -231,4 +225,4 @@ LOSSES = {"l2": l2_loss, "cross entropy": cross_entropy}
 
 
 def _only_head(params: Any) -> Any:
-    return jax.tree.map(lambda is_backbone: not is_backbone, cfll.heads.backbone_mask(params, HEAD))
+    return {name: name == HEAD for name in params}

@@ -1,17 +1,16 @@
 """cfll: networks whose last linear layer is solved in closed form at every step.
 
-Layers, bottom to top: `heads`, `cg`, `cholesky`, `solve`, `stats`, `objectives`, `rules`,
-`transform`; beside the last, `cfll.iv` has two-stage heads. `cfll.flax` is imported by those who
-use Flax.
+Layers, bottom to top: `heads`, `samples`, `solve`, `stats`, `losses`, `rules`, `transform`; beside
+the last, `cfll.iv` has two-stage heads and `networks` the backbones it trains. `cfll.flax` is
+imported by those who use Flax.
 """
 
-from cfll.cg import CG
 from cfll.heads import LinearHead, get_head, set_head
-from cfll.objectives import prox_loss, ridge_loss
-from cfll.rules import Rule, ema, prox, ridge
-from cfll.solve import SolveInfo, prox_solve, ridge_solve
+from cfll.losses import prox_loss, ridge_loss
+from cfll.rules import ClosedFormState, HeadInfo, Rule, Solution, averaged_ridge, every, prox, ridge
+from cfll.solve import CG, Route, SolveInfo, penalized_solve, prox_solve, ridge_solve
 from cfll.stats import GramStats
-from cfll.transform import ClosedFormState, HeadInfo, closed_form, closed_form_head
+from cfll.transform import closed_form, closed_form_head, get_state
 
 __version__ = "0.1.0"
 
@@ -21,12 +20,17 @@ __all__ = [
     "GramStats",
     "HeadInfo",
     "LinearHead",
+    "Route",
     "Rule",
+    "Solution",
     "SolveInfo",
+    "averaged_ridge",
     "closed_form",
     "closed_form_head",
-    "ema",
+    "every",
     "get_head",
+    "get_state",
+    "penalized_solve",
     "prox",
     "prox_loss",
     "prox_solve",

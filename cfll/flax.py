@@ -1,9 +1,8 @@
-"""What Flax needs beyond Optax's interface, for linen and for NNX.
+"""What Flax needs beyond Optax's interface: the same functions for linen and for NNX.
 
-``TrainState`` (linen), ``feature_fn`` and ``anchor`` (NNX); ``linen_backbone`` and ``nnx_backbone``
-for the two-stage heads of `cfll.iv`.
-
-The only module that imports Flax.
+``feature_fn(state or model, x)`` for Algorithms 1 and 2, ``backbone(module, ...)`` for `cfll.iv`,
+``TrainState`` for linen and ``Optimizer`` for NNX, whose keywords reach the optimizer and are never
+lost; `cfll.get_state` takes both. The only module that imports Flax.
 
 Second forward passes. Algorithms 1 and 2 evaluate the features again, on updated parameters.
 Running statistics of batch norm must not be updated twice for one batch. So the feature functions
@@ -25,14 +24,15 @@ import optax
 from flax import nnx
 from flax.training import train_state
 
-from cfll.heads import LinearHead
-from cfll.iv import Backbone
+from cfll.networks import Backbone
+from cfll.rules.rule import known
+from cfll.transform import unbox
 
 
 class TrainState(train_state.TrainState):
     """Flax's linen ``TrainState`` whose ``apply_gradients`` hands keywords to the optimizer.
 
-    Flax's own passes none on, so that `cfll.closed_form_head` never sees its targets.
+    Flax's own passes none on, so that `cfll.closed_form_head` never sees its solution.
 
     Attributes:
       batch_stats: the running statistics of batch norm, or ``None``.
@@ -46,18 +46,17 @@ class TrainState(train_state.TrainState):
       ...         return nn.tanh(self.hidden(x))
       ...     def __call__(self, x):
       ...         return self.head(self.features(x))
-      >>> x, y = jnp.ones((4, 3)), jnp.ones((4, 1))
-      >>> net = Net()
+      >>> x, y, net, rule = jnp.ones((4, 3)), jnp.ones((4, 1)), Net(), cfll.prox(lam=1.0)
       >>> state = TrainState.create(
       ...     apply_fn=net.apply, params=net.init(jax.random.key(0), x)["params"],
-      ...     tx=cfll.closed_form(optax.sgd(0.1), cfll.prox(lam=1.0), head="head"))
+      ...     tx=cfll.closed_form(optax.sgd(0.1), rule, head="head"))
       >>> @jax.jit
       ... def train_step(state, x, y):
       ...     def loss_fn(params):
-      ...         return jnp.mean((y - state.apply_fn({"params": params}, x)) ** 2)
-      ...     loss, grads = jax.value_and_grad(loss_fn)(state.params)
-      ...     return state.apply_gradients(
-      ...         grads=grads, targets=y, feature_fn=state.feature_fn(x)), loss
+      ...         features = state.apply_fn({"params": params}, x, method="features")
+      ...         return rule.loss(features, y, cfll.get_state(state))
+      ...     (loss, solution), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+      ...     return state.apply_gradients(grads=grads, solution=solution), loss
       >>> state, loss = train_step(state, x, y)
     """
 
@@ -65,18 +64,7 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, *, apply_fn: Callable[..., Any], params: Any, tx: Any, **kwargs: Any) -> Any:
-        """A new state at step 0.
-
-        Args:
-          apply_fn: usually ``model.apply``.
-          params: the parameters.
-          tx: the optimizer.
-          **kwargs: other fields, like ``batch_stats``.
-
-        Returns:
-          The state. Its ``step`` is an array from the start: Flax's is a Python integer, which
-          costs ``jit`` a second entry in its cache.
-        """
+        """A new state at step 0, an array: Flax's integer costs ``jit`` a second compilation."""
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
         return state.replace(step=jnp.zeros((), jnp.int32))
 
@@ -86,150 +74,154 @@ class TrainState(train_state.TrainState):
         Args:
           grads: gradients, a tree like ``params``.
           **kwargs: keywords that name a field of this class (``batch_stats``, fields of a
-            subclass) replace it; all others go to ``tx.update``: ``targets``, ``feature_fn``,
-            ``features``, ``solution``, ``sample_weight``, and what the rest of the chain takes.
+            subclass) replace it; all others go to ``tx.update``: ``solution``, or ``targets`` and
+            ``feature_fn``, and what the rest of the chain takes.
 
         Returns:
           The next state.
 
         Raises:
+          TypeError: for a keyword that is neither a field nor taken by any transformation.
           ValueError, TypeError: as `cfll.closed_form_head`.
         """
         names = {field.name for field in fields(self)}
         replaced = {name: value for name, value in kwargs.items() if name in names}
         passed_on = {name: value for name, value in kwargs.items() if name not in names}
+        step = partial(self.tx.update, grads, self.opt_state, self.params)
+        _check_taken(self.tx, step, passed_on, f"a field of {type(self).__name__} {sorted(names)}")
         # Flax's own method with a transformation that has the keywords already.
-        tx = optax.with_extra_args_support(self.tx)
-        bound = optax.GradientTransformation(tx.init, partial(tx.update, **passed_on))
+        update = partial(self.tx.update, **known(self.tx.update, passed_on))
+        bound = optax.GradientTransformation(self.tx.init, update)
         stepped = super(TrainState, self.replace(tx=bound)).apply_gradients(grads=grads, **replaced)
         return stepped.replace(tx=self.tx)
 
-    def feature_fn(
-        self, *args: Any, method: str | Callable[..., Any] | None = "features", **kwargs: Any
-    ) -> Callable[[Any], jax.Array]:
-        """The features as a function of the parameters, for the keyword ``feature_fn``.
 
-        Args:
-          *args: inputs of the model's method.
-          method: the method that returns features (..., d), the input of the head.
-          **kwargs: keywords of ``model.apply``: the method's own, like ``train=True``, and
-            ``rngs={"dropout": key}``. Pass the keys of the loss to see the same dropout mask.
+class Optimizer(nnx.Optimizer):
+    """``nnx.Optimizer`` whose ``update`` refuses keywords that no transformation takes.
 
-        Returns:
-          A function ``params -> features``. What a forward pass writes (running statistics) is
-          discarded; see the module's docstring.
-        """
-
-        def features(params: Any) -> jax.Array:
-            variables = {"params": params}
-            if self.batch_stats is None:
-                return self.apply_fn(variables, *args, method=method, **kwargs)
-            variables["batch_stats"] = self.batch_stats
-            outputs, _ = self.apply_fn(
-                variables, *args, method=method, mutable=["batch_stats"], **kwargs
-            )
-            return outputs
-
-        return features
-
-    @property
-    def anchor(self) -> LinearHead:
-        """The current head in float32, what `cfll.prox_loss` stays near."""
-        return optax.tree.get(self.opt_state, "anchor")
-
-
-def feature_fn(
-    model: nnx.Module,
-    *args: Any,
-    method: str = "features",
-    wrt: Any = nnx.Param,
-    **kwargs: Any,
-) -> Callable[[Any], jax.Array]:
-    """The features of an NNX module as a function of its parameters.
-
-    For ``optimizer.update(model, grads, targets=y, feature_fn=feature_fn(model, x))``.
-
-    Args:
-      model: the module. Its other state (running statistics, random streams) is copied as it is
-        now; what the forward pass would write to it is discarded, see the module's docstring.
-      *args: inputs of the method.
-      method: the method that returns features (..., d), the input of the head.
-      wrt: the filter of the ``nnx.Optimizer``.
-      **kwargs: keywords of the method.
-
-    Returns:
-      A function ``params -> features``.
+    The plain one works as well, but loses a misspelled keyword without a word.
 
     Examples:
-      >>> import cfll, jax, jax.numpy as jnp, optax
-      >>> from flax import nnx
+      >>> import cfll, jax.numpy as jnp, optax
       >>> class Net(nnx.Module):
       ...     def __init__(self, rngs):
       ...         self.hidden = nnx.Linear(3, 8, rngs=rngs)
       ...         self.head = nnx.Linear(8, 1, rngs=rngs)
       ...     def features(self, x):
       ...         return nnx.tanh(self.hidden(x))
-      ...     def __call__(self, x):
-      ...         return self.head(self.features(x))
-      >>> x, y = jnp.ones((4, 3)), jnp.ones((4, 1))
-      >>> net = Net(nnx.Rngs(0))
-      >>> tx = cfll.closed_form(optax.sgd(0.1), cfll.prox(lam=1.0), head="head")
-      >>> optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
+      >>> x, y, net, rule = jnp.ones((4, 3)), jnp.ones((4, 1)), Net(nnx.Rngs(0)), cfll.prox(lam=1.0)
+      >>> optimizer = Optimizer(net, cfll.closed_form(optax.sgd(0.1), rule), wrt=nnx.Param)
       >>> @nnx.jit
       ... def train_step(net, optimizer, x, y):
-      ...     loss, grads = nnx.value_and_grad(lambda net: jnp.mean((y - net(x)) ** 2))(net)
-      ...     optimizer.update(net, grads, targets=y, feature_fn=feature_fn(net, x))
+      ...     head = cfll.get_state(optimizer)
+      ...     def loss_fn(net):
+      ...         return rule.loss(net.features(x), y, head)
+      ...     (loss, solution), grads = nnx.value_and_grad(loss_fn, has_aux=True)(net)
+      ...     optimizer.update(net, grads, solution=solution)
       ...     return loss
       >>> loss = train_step(net, optimizer, x, y)
     """
-    graph, *states = nnx.split(model, wrt, ...)
 
-    def features(params: Any) -> jax.Array:
-        copy = nnx.merge(graph, params, *states[1:], copy=True)
-        return getattr(copy, method)(*args, **kwargs)
+    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> None:  # type: ignore[override]
+        """One step of the optimizer, with the keywords of its transformations.
 
-    return features
+        Args:
+          model: the module to update.
+          grads: gradients, as ``nnx.grad`` makes them.
+          **kwargs: of ``tx.update``, as for ``TrainState.apply_gradients``.
+
+        Raises:
+          TypeError: for a keyword that no transformation takes.
+        """
+        arrays = unbox((grads, self.opt_state, nnx.state(model, self.wrt)))
+        step = partial(self.tx.update, *arrays)
+        _check_taken(self.tx, step, kwargs, "an argument of update")
+        super().update(model, grads, **kwargs)
 
 
-def anchor(optimizer: nnx.Optimizer) -> LinearHead:
-    """The current head of an ``nnx.Optimizer`` in float32, what `cfll.prox_loss` stays near.
+def feature_fn(
+    source: Any,
+    *args: Any,
+    method: str | Callable[..., Any] | None = "features",
+    wrt: Any = nnx.Param,
+    **kwargs: Any,
+) -> Callable[[Any], jax.Array]:
+    """The features as a function of the parameters, for the keyword ``feature_fn``.
+
+    ``state.apply_gradients(grads=grads, targets=y, feature_fn=feature_fn(state, x))`` in linen,
+    ``optimizer.update(model, grads, targets=y, feature_fn=feature_fn(model, x))`` in NNX.
 
     Args:
-      optimizer: one whose ``tx`` contains a `cfll.closed_form_head`.
+      source: a linen ``TrainState`` (``batch_stats`` is used if it has one) or an NNX module, whose
+        other state (running statistics, random streams) is copied as it is now. What the forward
+        pass would write is discarded, see the module's docstring.
+      *args: inputs of the method.
+      method: the method that returns features (..., d), the input of the head.
+      wrt: for NNX, the filter of the ``nnx.Optimizer``.
+      **kwargs: keywords of the method, like ``train=True``; in linen those of ``apply``, too:
+        ``rngs={"dropout": key}``. Pass the keys of the loss to see the same dropout mask.
 
     Returns:
-      The head, of plain arrays.
+      A function ``params -> features``.
+
+    Examples:
+      >>> params = nnx.state(nnx.Linear(3, 8, rngs=nnx.Rngs(0)), nnx.Param)
+      >>> model, x = nnx.Linear(3, 8, rngs=nnx.Rngs(0)), jnp.ones((4, 3))
+      >>> feature_fn(model, x, method="__call__")(params).shape
+      (4, 8)
     """
-    head = optax.tree.get(optimizer.opt_state, "anchor")
-    return jax.tree.map(lambda leaf: leaf[...], head, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    if isinstance(source, nnx.Module):
+        graph, *states = nnx.split(source, wrt, ...)
+
+        def nnx_features(params: Any) -> jax.Array:
+            copy = nnx.merge(graph, params, *states[1:], copy=True)
+            return getattr(copy, method or "__call__")(*args, **kwargs)  # type: ignore[arg-type]
+
+        return nnx_features
+    stats = getattr(source, "batch_stats", None)
+
+    def linen_features(params: Any) -> jax.Array:
+        variables = {"params": params}
+        if stats is None:
+            return source.apply_fn(variables, *args, method=method, **kwargs)
+        variables["batch_stats"] = stats
+        options = {"method": method, "mutable": ["batch_stats"], **kwargs}
+        return source.apply_fn(variables, *args, **options)[0]
+
+    return linen_features
 
 
-def linen_backbone(
-    module: Any, variables: Any, *, method: str | Callable[..., Any] | None = None
+def backbone(
+    module: Any, variables: Any = None, *, method: str | Callable[..., Any] | None = None
 ) -> Backbone:
-    """A linen module as a `cfll.iv.Backbone`.
+    """A Flax module without head as a `cfll.networks.Backbone`, for `cfll.iv`.
 
     Args:
-      module: a linen module that maps inputs to features (n, d). If its method takes ``train``, it
-        is told the mode.
-      variables: what ``module.init`` returned. "params" is trained; all other collections (running
-        statistics of batch norm and spectral norm) are updated by the passes that train.
+      module: a linen or NNX module that maps inputs to features (n, d). Its layers are told the
+        mode: in linen by the keyword ``train``, if the method has it, in NNX by ``train()`` and
+        ``eval()``. It is not changed.
+      variables: for linen what ``module.init`` returned. "params" is trained; all other collections
+        (running statistics of batch norm and spectral norm) are updated by the passes that train.
       method: the method that returns features; ``None`` for ``__call__``.
 
     Returns:
-      The backbone, with these variables as initial values.
+      The backbone, with the variables or the model's present values as initial values.
 
     Examples:
-      >>> import flax.linen as nn, jax, jax.numpy as jnp
-      >>> module = nn.Dense(8)
-      >>> backbone = linen_backbone(module, module.init(jax.random.key(0), jnp.ones((1, 3))))
+      >>> import flax.linen as nn
       >>> x = jnp.ones((4, 3))
-      >>> features, stats = backbone.apply(backbone.params, backbone.stats, x, train=True)
-      >>> features.shape
+      >>> linen = nn.Dense(8)
+      >>> net = backbone(linen, linen.init(jax.random.key(0), x))
+      >>> net.apply(net.params, net.stats, x, train=True)[0].shape
+      (4, 8)
+      >>> net = backbone(nnx.Linear(3, 8, rngs=nnx.Rngs(0)))
+      >>> net.apply(net.params, net.stats, x, train=True)[0].shape
       (4, 8)
     """
-    variables = dict(variables)
-    params = variables.pop("params")
+    if isinstance(module, nnx.Module):
+        return _nnx_backbone(module, method or "__call__")
+    stats = dict(variables)
+    params = stats.pop("params")
     function = method if callable(method) else getattr(type(module), method or "__call__")
     takes_train = "train" in inspect.signature(function).parameters
 
@@ -243,30 +235,10 @@ def linen_backbone(
         )
         return features, {**stats, **updated}
 
-    return Backbone(apply, params, variables)
+    return Backbone(apply, params, stats)
 
 
-def nnx_backbone(model: nnx.Module, *, method: str = "__call__") -> Backbone:
-    """An NNX module as a `cfll.iv.Backbone`.
-
-    Args:
-      model: a module that maps inputs to features (n, d); it is not changed. Layers with two modes
-        (batch norm, dropout) are switched as ``model.train()`` and ``model.eval()`` do.
-      method: the method that returns features.
-
-    Returns:
-      The backbone, with the model's present values as initial values.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> backbone = nnx_backbone(nnx.Linear(3, 8, rngs=nnx.Rngs(0)))
-      >>> x = jnp.ones((4, 3))
-      >>> features, stats = backbone.apply(backbone.params, backbone.stats, x, train=True)
-      >>> features.shape
-      (4, 8)
-    """
-
+def _nnx_backbone(model: nnx.Module, method: Any) -> Backbone:
     def split(module: nnx.Module) -> Any:
         return nnx.split(module, nnx.Param, ...)
 
@@ -278,7 +250,60 @@ def nnx_backbone(model: nnx.Module, *, method: str = "__call__") -> Backbone:
             copy.train()
         else:
             copy.eval()
-        features = getattr(copy, method)(inputs)
-        return features, split(copy)[2]
+        return getattr(copy, method)(inputs), split(copy)[2]
 
     return Backbone(apply, params, stats)
+
+
+# Keywords that would be lost ----------------------------------------------------------------------
+
+
+class _Touched(Exception):
+    """Somebody used the probe."""
+
+
+class _Probe:
+    """Stands for a keyword's value and raises at any use."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise _Touched(name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Touched
+
+
+def _check_taken(tx: Any, step: Callable[..., Any], keywords: dict[str, Any], place: str) -> None:
+    """Refuse keywords that nobody in the chain names as a parameter, nor uses if given."""
+    named = _parameters_of([tx.update, *filter(callable, keywords.values())])
+    for name in sorted(set(keywords) - named):
+        try:  # inject_hyperparams makes its transformation in the update: ask by doing
+            probed = known(tx.update, {**keywords, name: _Probe()})
+            jax.eval_shape(lambda: step(**probed))  # noqa: B023
+        except Exception:
+            continue
+        raise TypeError(
+            f"the keyword {name} is neither {place} nor taken by any transformation of the "
+            "optimizer: it would be lost."
+        )
+
+
+def _parameters_of(start: list[Any]) -> set[str]:
+    """The names of the parameters of these functions and of all that they close over."""
+    names, seen, waiting = set(), set(), list(start)
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, tuple | list):  # a GradientTransformation is a tuple of functions
+            waiting += node
+        elif isinstance(node, dict):
+            waiting += node.values()
+        elif isinstance(node, partial):
+            waiting += [node.func, *node.args]
+        elif inspect.ismethod(node):
+            waiting += [node.__func__, vars(node.__self__)]
+        elif inspect.isfunction(node):
+            names |= set(inspect.signature(node, follow_wrapped=False).parameters)
+            waiting += inspect.getclosurevars(node).nonlocals.values()
+    return names

@@ -43,14 +43,7 @@ class LinearHead(NamedTuple):
     bias: jax.Array | None = None
 
     def __call__(self, features: jax.Array) -> jax.Array:
-        """Apply the head.
-
-        Args:
-          features: array of shape (..., d).
-
-        Returns:
-          Predictions of shape (..., o), in the wider of the two dtypes.
-        """
+        """Predictions (..., o) for features (..., d), in the wider of the two dtypes."""
         dtype = widest_dtype(features, self.kernel)
         outputs = jnp.matmul(
             jnp.asarray(features, dtype),
@@ -66,34 +59,13 @@ class LinearHead(NamedTuple):
     def zeros(
         cls, d: int, o: int, use_bias: bool = True, dtype: jax.typing.DTypeLike = jnp.float32
     ) -> "LinearHead":
-        """The head that predicts zero: the initialization that works best in the paper (F.2).
-
-        Args:
-          d: number of features.
-          o: number of outputs.
-          use_bias: whether the head has an intercept.
-          dtype: dtype of the leaves.
-
-        Returns:
-          A `LinearHead` of zeros.
-
-        Examples:
-          >>> LinearHead.zeros(3, 2).kernel.shape
-          (3, 2)
-        """
+        """The head of d features and o outputs that predicts zero: the best start (F.2)."""
         return cls(jnp.zeros((d, o), dtype), jnp.zeros((o,), dtype) if use_bias else None)
 
 
 def widest_dtype(*arrays: Any) -> jnp.dtype:
-    """The dtype in which heads of these arrays are computed: at least float32.
-
-    Args:
-      *arrays: arrays, dtypes or ``None``.
-
-    Returns:
-      float64 if any of them is, otherwise float32. Raises nothing under strict promotion, where
-      ``jnp.result_type`` would refuse to mix bfloat16 features with a float32 anchor.
-    """
+    """float64 if any of these arrays or dtypes (or None) is, otherwise float32."""
+    # Under strict promotion result_type would refuse bfloat16 features beside a float32 anchor.
     with jax.numpy_dtype_promotion("standard"):
         dtypes = [jnp.result_type(array) for array in arrays if array is not None]
         return jnp.dtype(jnp.result_type(jnp.float32, *dtypes))
@@ -118,7 +90,7 @@ def get_head(params: Any, head: HeadPath) -> LinearHead:
       >>> get_head(params, "decoder/head").kernel.shape
       (3, 2)
     """
-    path = split_path(head)
+    path, shown = split_path(head), repr("/".join(split_path(head)))
     leaves = {}
     for keys, leaf in tree_flatten_with_path(params)[0]:
         names = _names(keys)
@@ -139,15 +111,15 @@ def get_head(params: Any, head: HeadPath) -> LinearHead:
         kernel = kernel.reshape(shape[-2:])  # a pointwise convolution is a dense layer
     if len(kernel.shape) != 2:
         raise ValueError(
-            f"the head at {_show(path)} has a {kernels[0]} of shape {shape}; a closed-form head "
+            f"the head at {shown} has a {kernels[0]} of shape {shape}; a closed form "
             "needs one of shape (d, o), as flax.linen.Dense or a pointwise convolution has. "
             "Flatten the features before the head, or vmap the transformation over stacked heads."
         )
     bias = leaves[(biases[0],)] if biases else None
     if bias is not None and bias.shape != kernel.shape[1:]:
         raise ValueError(
-            f"the head at {_show(path)} has a {biases[0]} of shape {bias.shape}, but its kernel "
-            f"has {kernel.shape[1]} outputs: the bias must have shape ({kernel.shape[1]},)."
+            f"the head at {shown} has a {biases[0]} of shape {bias.shape}, but its "
+            f"kernel has {kernel.shape[1]} outputs: the bias must have shape ({kernel.shape[1]},)."
         )
     return LinearHead(kernel, bias)
 
@@ -189,88 +161,42 @@ def set_head(params: Any, head: HeadPath, value: LinearHead) -> Any:
 
 
 def backbone_mask(params: Any, head: HeadPath) -> Any:
-    """A tree of booleans like ``params``: ``True`` on the backbone, ``False`` on the head.
-
-    Args:
-      params: a parameter tree.
-      head: path of the dense layer, as in `get_head`.
-
-    Returns:
-      The mask, as ``optax.masked`` takes it.
-    """
+    """A tree of booleans like ``params``: ``True`` on the backbone, ``False`` on the head."""
     path = split_path(head)
     return tree_map_with_path(lambda keys, _: _role(keys, path) is None, params)
 
 
+def check_anchor(anchor: Any, d: int, o: int) -> None:
+    """Refuse what is not a head of d features and o outputs."""
+    if not isinstance(anchor, LinearHead):
+        raise TypeError(
+            f"anchor is a {type(anchor).__name__}; write cfll.LinearHead(kernel, bias) with a "
+            "kernel of shape (d, o), or cfll.get_head(params, 'head')."
+        )
+    kernel, bias = jax.tree.map(jnp.shape, tuple(anchor))
+    if kernel != (d, o) or (anchor.bias is not None and bias != (o,)):
+        raise ValueError(
+            f"anchor has a kernel of shape {kernel} and a bias of shape {bias}, but features and "
+            f"targets ask for {(d, o)}: write cfll.LinearHead.zeros({d}, {o})."
+        )
+
+
 def check_same_head(expected: LinearHead, given: LinearHead, name: str) -> None:
-    """Refuse a head of another shape while tracing.
-
-    Args:
-      expected: the head that sets the shapes.
-      given: the head to check.
-      name: what to call it in the message.
-
-    Returns:
-      Nothing.
-
-    Raises:
-      ValueError: naming both shapes and the fix.
-    """
-    if tuple(given.kernel.shape) != tuple(expected.kernel.shape):
-        raise ValueError(
-            f"{name} has a kernel of shape {tuple(given.kernel.shape)}, expected "
-            f"{tuple(expected.kernel.shape)} = (features, outputs)."
-        )
-    if (given.bias is None) != (expected.bias is None):
-        have, want = ("no", "a") if given.bias is None else ("a", "no")
-        raise ValueError(
-            f"{name} has {have} bias where {want} bias is expected: build both with the same "
-            "`use_bias`, e.g. cfll.LinearHead.zeros(d, o, use_bias="
-            f"{expected.bias is not None})."
-        )
-    if expected.bias is None or given.bias is None:
+    """Refuse a head of other shapes than expected; ``name`` is what to call it."""
+    want, have = (jax.tree.map(jnp.shape, tuple(head)) for head in (expected, given))
+    if want == have:
         return
-    if given.bias.shape != expected.bias.shape:
+    if (given.bias is None) != (expected.bias is None):
+        words = ("no", "a") if given.bias is None else ("a", "no")
         raise ValueError(
-            f"{name} has a bias of shape {given.bias.shape}, expected {expected.bias.shape}."
+            f"{name} has {words[0]} bias where {words[1]} bias is expected: build both with the "
+            f"same `use_bias`, e.g. cfll.LinearHead.zeros(d, o, use_bias={given.bias is None})."
         )
-
-
-def accept_finite(new: LinearHead, old: LinearHead) -> tuple[LinearHead, jax.Array]:
-    """The new head if it is finite, else the old one.
-
-    Args:
-      new: the head just solved.
-      old: the head before; sets the dtypes.
-
-    Returns:
-      The head to use, and whether it is the new one, a boolean scalar.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> old = LinearHead.zeros(2, 1)
-      >>> kept, accepted = accept_finite(LinearHead(jnp.full((2, 1), jnp.nan), jnp.ones(1)), old)
-      >>> float(kept.bias[0]), bool(accepted)
-      (0.0, False)
-    """
-    new = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), new, old)
-    accepted = jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]))
-    return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old), accepted
+    raise ValueError(f"{name} has shapes {have}, expected {want} = kernel (d, o) and bias (o,).")
 
 
 def split_path(head: HeadPath) -> tuple[str, ...]:
-    """Normalize a head's address to a tuple of names; ``""`` is the root of the tree.
-
-    Args:
-      head: ``"decoder/head"`` or ``("decoder", "head")``.
-
-    Returns:
-      The names on the way.
-
-    Examples:
-      >>> split_path("decoder/head")
-      ('decoder', 'head')
-    """
+    """The names on the way to a head; none for ``""``, the root of the tree."""
     parts = head.split("/") if isinstance(head, str) else head
     return tuple(str(part) for part in parts if str(part))
 
@@ -288,25 +214,35 @@ def _role(keys: tuple[Any, ...], path: tuple[str, ...]) -> str | None:
     return names[-1] if inside else None
 
 
-def _show(path: tuple[str, ...]) -> str:
-    return repr("/".join(path))
+def find_heads(params: Any, like: LinearHead) -> list[str]:
+    """The paths of the dense layers that have the shapes of this head."""
+    shapes = jax.tree.map(jnp.shape, like)
+    found = []
+    for path in _dense_layers(params):
+        try:
+            same = jax.tree.map(jnp.shape, get_head(params, path)) == shapes
+        except ValueError:  # it looks like a dense layer and is none
+            continue
+        found += ["/".join(path)] if same else []
+    return found
+
+
+def _dense_layers(params: Any) -> list[tuple[str, ...]]:
+    """Where a kernel is."""
+    leaves = [(_names(keys), leaf) for keys, leaf in tree_flatten_with_path(params)[0]]
+    return [
+        names[:-1]
+        for names, leaf in leaves
+        if names and names[-1] in _KERNELS and getattr(leaf, "ndim", 0) >= 2
+    ]
 
 
 def _not_found(params: Any, path: tuple[str, ...], leaves: dict[tuple[str, ...], Any]) -> str:
-    flat = tree_flatten_with_path(params)[0]
-    dense = sorted(
-        "/".join(names[:-1])
-        for names, leaf in ((_names(keys), leaf) for keys, leaf in flat)
-        if names and names[-1] in _KERNELS and getattr(leaf, "ndim", 0) >= 2
-    )
-    there = (
-        f"what is there: {sorted('/'.join(name) for name in leaves)}"
-        if leaves
-        else "nothing is there"
-    )
+    dense = sorted(map("/".join, _dense_layers(params)))
+    there = sorted("/".join(name) for name in leaves) or "nothing"
     message = (
-        f"no dense layer at head={_show(path)}: expected a kernel and at most a bias directly "
-        f"below it, {there}. Dense-like layers in this tree: {dense if dense else 'none'}."
+        f"no dense layer at head={'/'.join(path)!r}: expected a kernel and at most a bias directly "
+        f"below it, found {there}. Dense-like layers in this tree: {dense or 'none'}."
     )
     if path[:1] != ("params",) and any(name.startswith("params/") for name in dense):
         message += " Pass variables['params'] rather than all variables."

@@ -10,9 +10,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cfll import _checks, solve
-from cfll.cholesky import cho_solve, cholesky_with_rcond, dot
-from cfll.heads import LinearHead, widest_dtype
+from cfll import samples
+from cfll.heads import LinearHead, check_anchor, widest_dtype
+from cfll.solve import Route, SolveInfo
+from cfll.solve.cholesky import cho_solve, cholesky_with_rcond, dot
+from cfll.solve.problem import (
+    add,
+    as_penalty,
+    bias_penalty_of,
+    bordered_gram,
+    check_penalty,
+    split_head,
+    stack_head,
+)
+
+# Refinement needs the data. Below this rcond, in multiples of the machine epsilon, who has only
+# sums cannot solve by Cholesky.
+_SINGULAR = 1e2
 
 
 class GramStats(NamedTuple):
@@ -48,17 +62,7 @@ class GramStats(NamedTuple):
     def zeros(
         cls, d: int, o: int, use_bias: bool = True, dtype: jax.typing.DTypeLike = jnp.float32
     ) -> "GramStats":
-        """The sums over no samples.
-
-        Args:
-          d: number of features.
-          o: number of outputs.
-          use_bias: whether the heads to be solved have a bias.
-          dtype: float32 or float64; the sums are accumulated in it.
-
-        Returns:
-          Statistics of zeros.
-        """
+        """The sums over no samples, of d features and o outputs, accumulated in this dtype."""
         return cls(
             gram=jnp.zeros((d, d), dtype),
             cross=jnp.zeros((d, o), dtype),
@@ -70,101 +74,43 @@ class GramStats(NamedTuple):
     def add(
         self, features: jax.Array, targets: jax.Array, sample_weight: jax.Array | None = None
     ) -> "GramStats":
-        """The statistics with more samples.
+        """The statistics with more samples, in the dtype of these.
 
         Args:
-          features: (..., d); all leading axes are samples.
-          targets: (..., o).
-          sample_weight: as in `cfll.ridge_solve`; weight zero is a sample that is not there.
+          features, targets, sample_weight: as in `cfll.ridge_solve`.
 
         Returns:
-          New statistics, in the dtype of these.
+          New statistics.
 
         Raises:
           ValueError, TypeError: while tracing, for shapes and dtypes that do not fit.
         """
-        features, targets = jnp.asarray(features), jnp.asarray(targets)
-        _checks.check_batch(features, targets)
+        features, targets = samples.check_batch(features, targets, sample_weight)
         if (features.shape[-1], targets.shape[-1]) != self.cross.shape:
             raise ValueError(
                 f"features {features.shape} and targets {targets.shape} do not fit statistics of "
                 f"{self.cross.shape[0]} features and {self.cross.shape[1]} outputs: write "
                 f"GramStats.zeros({features.shape[-1]}, {targets.shape[-1]})."
             )
-        samples, dtype = features.shape[:-1], self.gram.dtype
-        features = features.astype(dtype).reshape(-1, features.shape[-1])
-        targets = targets.astype(dtype).reshape(-1, targets.shape[-1])
-        weights = None
-        if sample_weight is not None:
-            _checks.check_weights(sample_weight, samples)
-            weights = solve.expand_weights(jnp.asarray(sample_weight, dtype), samples)
-            features = solve.drop_absent(features, weights)
-            targets = solve.drop_absent(targets, weights)
-        replicated = jax.tree.map(lambda _: jax.P(), self)
-        more = solve.in_auto_mode(self._of, features, replicated)(features, targets, weights)
-        return self.merge(more)
-
-    def _of(
-        self, features: jax.Array, targets: jax.Array, weights: jax.Array | None
-    ) -> "GramStats":
-        """The sums over these rows alone."""
-        count = jnp.full((), features.shape[0], features.dtype)
-        weighted, weighted_targets = features, targets
-        if weights is not None:
-            weighted, weighted_targets = features * weights[:, None], targets * weights[:, None]
-            count = jnp.sum(weights)
-        with_bias = self.feature_sum is not None
-        return GramStats(
-            gram=dot(features.T, weighted),
-            cross=dot(weighted.T, targets),
-            feature_sum=jnp.sum(weighted, axis=0) if with_bias else None,
-            target_sum=jnp.sum(weighted_targets, axis=0) if with_bias else None,
-            weight_sum=count,
-        )
+        return _add(self, features, targets, sample_weight)
 
     def merge(self, other: "GramStats") -> "GramStats":
-        """The statistics of both sets of samples.
-
-        Args:
-          other: statistics of the same d, o and use_bias.
-
-        Returns:
-          The sums of the sums.
-        """
+        """The statistics of both sets of samples, of the same d, o and use_bias."""
         return jax.tree.map(jnp.add, self, other)
 
     def decay(self, factor: jax.typing.ArrayLike) -> "GramStats":
-        """Forget: multiply all sums, so that older samples weigh less.
-
-        Args:
-          factor: scalar in [0, 1].
-
-        Returns:
-          The scaled statistics.
-        """
+        """Forget: all sums times a factor in [0, 1], so that older samples weigh less."""
         return jax.tree.map(lambda leaf: leaf * jnp.asarray(factor, leaf.dtype), self)
 
     def psum(self, axis_name: str | tuple[str, ...]) -> "GramStats":
         """The statistics of all devices, inside ``shard_map``, ``pmap`` or ``vmap``.
 
-        Args:
-          axis_name: name of the mapped axis (or axes).
-
-        Returns:
-          The sums over that axis: one all-reduce of d^2 + d o + d + o + 1 numbers.
+        One all-reduce of d^2 + d o + d + o + 1 numbers, over the mapped axis (or axes).
         """
         return jax.lax.psum(self, axis_name)
 
     def ridge(self, beta: jax.typing.ArrayLike, *, penalize_bias: bool = True) -> LinearHead:
-        """`cfll.ridge_solve` of all samples added.
-
-        Args:
-          beta: penalty on a *sum* over samples: scalar, (d,) or (d, d).
-          penalize_bias: as in `cfll.ridge_solve`.
-
-        Returns:
-          The head.
-        """
+        """`cfll.ridge_solve` of all samples added, with the same beta and penalize_bias."""
         d, o = self.cross.shape
         zero = LinearHead.zeros(d, o, self.feature_sum is not None, self.gram.dtype)
         return self.solve(zero, beta, penalize_bias=penalize_bias, name="beta")[0]
@@ -172,16 +118,7 @@ class GramStats(NamedTuple):
     def prox(
         self, anchor: LinearHead, lam: jax.typing.ArrayLike, *, penalize_bias: bool = True
     ) -> LinearHead:
-        """`cfll.prox_solve` of all samples added.
-
-        Args:
-          anchor: the head to stay near; has a bias if and only if these statistics do.
-          lam: penalty on a *sum* over samples: scalar, (d,) or (d, d).
-          penalize_bias: as in `cfll.prox_solve`.
-
-        Returns:
-          The head.
-        """
+        """`cfll.prox_solve` of all samples added; a bias if both anchor and statistics have one."""
         return self.solve(anchor, lam, penalize_bias=penalize_bias)[0]
 
     def solve(
@@ -191,7 +128,7 @@ class GramStats(NamedTuple):
         *,
         penalize_bias: bool = True,
         name: str = "lam",
-    ) -> tuple[LinearHead, solve.SolveInfo]:
+    ) -> tuple[LinearHead, SolveInfo]:
         """`prox` with its diagnostics.
 
         Cholesky; where it is singular to working precision, an eigendecomposition of the scaled
@@ -199,58 +136,79 @@ class GramStats(NamedTuple):
 
         Args:
           anchor: the head to stay near.
-          penalty: scalar, (d,) or (d, d).
+          penalty: scalar, (d,) or (d, d), multiplying a *sum* over samples.
           penalize_bias: as in `cfll.prox_solve`.
           name: what the caller calls the penalty, for messages.
 
         Returns:
-          The head and a `cfll.solve.SolveInfo` with route "primal" or "eigh".
+          The head and a `cfll.SolveInfo` with the route "primal" or "eigh".
 
         Raises:
           ValueError, TypeError: while tracing, for an anchor or a penalty that does not fit.
         """
         d, o = self.cross.shape
-        _checks.check_anchor(anchor, d, o)
+        check_anchor(anchor, d, o)
         has_bias = self.feature_sum is not None
         if (anchor.bias is not None) != has_bias:
             raise ValueError(
                 "anchor and statistics disagree about a bias: write GramStats.zeros(d, o, "
                 f"use_bias={anchor.bias is not None})."
             )
-        dtype = widest_dtype(self.gram, anchor.kernel)
-        stats, anchor = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (self, anchor))
         # How many samples there were is data here, not a shape: d + 1 switches that check off.
-        _checks.check_penalty(name, penalty, d, d + 1, False)
-        penalty = solve.as_penalty(penalty, dtype)
-        bias_penalty = solve.bias_share(penalty, has_bias, penalize_bias)
+        check_penalty(name, penalty, d, d + 1, False)
+        return _solve(penalize_bias, self, anchor, penalty)
 
-        matrix = solve.border(
-            stats.gram, stats.feature_sum, stats.weight_sum, penalty, bias_penalty
+
+# Compiled themselves: outside of jit a call compiles once per shape; inside they are inlined.
+@partial(jax.jit, inline=True)
+def _add(
+    stats: GramStats, features: jax.Array, targets: jax.Array, sample_weight: jax.Array | None
+) -> GramStats:
+    rows = samples.flatten(features, targets, sample_weight, stats.gram.dtype)
+    with_bias = stats.feature_sum is not None
+
+    def sums_of(rows: samples.Samples) -> GramStats:
+        weighted = rows.weigh(rows.features)
+        return GramStats(
+            gram=dot(rows.features.T, weighted),
+            cross=dot(weighted.T, rows.targets),
+            feature_sum=jnp.sum(weighted, axis=0) if with_bias else None,
+            target_sum=jnp.sum(rows.weigh(rows.targets), axis=0) if with_bias else None,
+            weight_sum=rows.total(),
         )
-        unpenalized = solve.border(
-            stats.gram,
-            stats.feature_sum,
-            stats.weight_sum,
-            jnp.zeros((), dtype),
-            jnp.zeros((), dtype) if has_bias else None,
+
+    replicated = jax.tree.map(lambda _: jax.P(), stats)
+    return stats.merge(samples.let_xla_shard(sums_of, rows.features, replicated)(rows))
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _solve(
+    penalize_bias: bool, stats: GramStats, anchor: LinearHead, penalty: jax.Array
+) -> tuple[LinearHead, SolveInfo]:
+    dtype = widest_dtype(stats.gram, anchor.kernel)
+    stats, anchor = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (stats, anchor))
+    has_bias = anchor.bias is not None
+    penalty = as_penalty(penalty, dtype)
+    sums = stats.gram, stats.feature_sum, stats.weight_sum
+    matrix = bordered_gram(*sums, penalty, bias_penalty_of(penalty, has_bias, penalize_bias))
+    zero = jnp.zeros((), dtype)
+    unpenalized = bordered_gram(*sums, zero, zero if has_bias else None)
+    cross = stack_head(LinearHead(stats.cross, stats.target_sum))
+    residual = cross - dot(unpenalized, stack_head(anchor))
+
+    lower, rcond = cholesky_with_rcond(jax.lax.stop_gradient(matrix))
+    singular = ~(rcond >= _SINGULAR * jnp.finfo(dtype).eps)
+
+    def apply_inverse(_: object, rhs: jax.Array) -> jax.Array:
+        return jax.lax.cond(
+            singular, lambda: _pseudo_solve(matrix, rhs), lambda: cho_solve(lower, rhs)
         )
-        cross = solve.stack_head(LinearHead(stats.cross, stats.target_sum))
-        residual = cross - dot(unpenalized, solve.stack_head(anchor))
 
-        lower, rcond = cholesky_with_rcond(jax.lax.stop_gradient(matrix))
-        singular = ~(rcond >= solve.SINGULAR * jnp.finfo(dtype).eps)
-
-        def apply_inverse(_, rhs):
-            return jax.lax.cond(
-                singular, lambda: _pseudo_solve(matrix, rhs), lambda: cho_solve(lower, rhs)
-            )
-
-        correction = jax.lax.custom_linear_solve(
-            partial(dot, matrix), residual, apply_inverse, symmetric=True
-        )
-        head = jax.tree.map(jnp.add, anchor, solve.split_head(correction, has_bias))
-        route = jnp.where(singular, solve.ROUTES.index("eigh"), solve.ROUTES.index("primal"))
-        return head, solve.SolveInfo(route.astype(jnp.int32), rcond.astype(jnp.float32))
+    correction = jax.lax.custom_linear_solve(
+        partial(dot, matrix), residual, apply_inverse, symmetric=True
+    )
+    info = SolveInfo(jnp.where(singular, Route.EIGH, Route.PRIMAL), rcond)
+    return add(anchor, split_head(correction, has_bias)), info.as_arrays()
 
 
 def _pseudo_solve(matrix: jax.Array, rhs: jax.Array) -> jax.Array:

@@ -30,6 +30,8 @@ if importlib.util.find_spec("cfll") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *packages], check=True)
 
 # %%
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -78,9 +80,9 @@ params = net.init(keys[2], x_train[:1])["params"]
 # %% [markdown]
 # ## Two training steps
 #
-# The first is the one you know. In the second, `prox_loss` solves the head of the batch in the forward
-# pass, near the previous head (`state.anchor`), and its gradient needs no backpropagation through the
-# solve. The solved head goes to the optimizer as `solution`.
+# The first is the one you know. In the second, `rule.loss` solves the head of the batch in the forward
+# pass, near the previous head, which `cfll.get_state` finds in the optimizer's state. Its gradient needs
+# no backpropagation through the solve. The solution goes to the optimizer, which sets the head to it.
 
 
 # %%
@@ -93,14 +95,14 @@ def gradient_step(state, x, y):
     return state.apply_gradients(grads=grads)
 
 
-@jax.jit
-def closed_form_step(state, x, y, lam):
+@partial(jax.jit, static_argnums=3)
+def closed_form_step(state, x, y, rule):
     def loss_fn(params):
         features = state.apply_fn({"params": params}, x, method="features")
-        return cfll.prox_loss(features, y, state.anchor, lam)
+        return rule.loss(features, y, cfll.get_state(state))
 
-    grads, head = jax.grad(loss_fn, has_aux=True)(state.params)
-    return state.apply_gradients(grads=grads, solution=head)
+    grads, solution = jax.grad(loss_fn, has_aux=True)(state.params)
+    return state.apply_gradients(grads=grads, solution=solution)
 
 
 @jax.jit
@@ -125,8 +127,9 @@ def train(step, tx, *args):
 
 adam = optax.adam(optax.cosine_decay_schedule(3e-3, STEPS))
 _, gradient_errors = train(gradient_step, adam)
-tx = cfll.closed_form(adam, cfll.prox(lam=10.0), head="head")
-state, closed_form_errors = train(closed_form_step, tx, 10.0)
+rule = cfll.prox(lam=10.0)
+tx = cfll.closed_form(adam, rule, head="head")
+state, closed_form_errors = train(closed_form_step, tx, rule)
 print(f"Adam, gradient head:    {gradient_errors[-1]:.2e}")
 print(f"Adam, closed-form head: {closed_form_errors[-1]:.2e}")
 
@@ -150,8 +153,9 @@ figure.tight_layout()
 lams = [1e-2, 1.0, 1e2, 1e4]
 final = []
 for lam in lams:
-    tx = cfll.closed_form(adam, cfll.prox(lam=lam), head="head")
-    final.append(train(closed_form_step, tx, lam)[1][-1])
+    other = cfll.prox(lam=lam)
+    tx = cfll.closed_form(adam, other, head="head")
+    final.append(train(closed_form_step, tx, other)[1][-1])
 
 figure, axes = plt.subplots(figsize=(6, 3.5))
 axes.loglog(lams, final, "s-", label="closed-form head")
@@ -163,19 +167,20 @@ figure.tight_layout()
 # %% [markdown]
 # ## What the state tells you
 #
-# The optimizer's state holds the head (`anchor`) and what happened to it. A batch with NaN keeps the
-# old head and is counted, it does not destroy the run. (Optax's `apply_if_finite` protects the
-# backbone.)
+# The state of the head holds the head itself (`anchor`) and what happened to it (`info`). A batch with
+# NaN keeps the old head and is counted, it does not destroy the run. (Optax's `apply_if_finite`
+# protects the backbone.)
 
 # %%
-info = optax.tree.get(state.opt_state, "info")
+info = cfll.get_state(state).info
+print("solved by:", cfll.Route(info.route), " rcond:", float(info.rcond))
 print("skipped:", int(info.skipped), " drift:", float(info.drift))
 
 safe = optax.apply_if_finite(adam, max_consecutive_errors=5)
-tx = cfll.closed_form(safe, cfll.prox(lam=10.0), head="head")
+tx = cfll.closed_form(safe, rule, head="head")
 careful = cfll.flax.TrainState.create(apply_fn=net.apply, params=params, tx=tx)
-careful = closed_form_step(careful, x_train[:BATCH], y_train[:BATCH] * jnp.nan, 10.0)
-info = optax.tree.get(careful.opt_state, "info")
+careful = closed_form_step(careful, x_train[:BATCH], y_train[:BATCH] * jnp.nan, rule)
+info = cfll.get_state(careful).info
 print("after a NaN batch: skipped", int(info.skipped), "accepted", bool(info.accepted))
 print(
     "parameters finite:", all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(careful.params))
@@ -195,10 +200,11 @@ def algorithm_1_step(state, x, y):
         return jnp.mean(jnp.sum((y - state.apply_fn({"params": params}, x)) ** 2, axis=-1))
 
     grads = jax.grad(loss_fn)(state.params)
-    return state.apply_gradients(grads=grads, targets=y, feature_fn=state.feature_fn(x))
+    feature_fn = cfll.flax.feature_fn(state, x)
+    return state.apply_gradients(grads=grads, targets=y, feature_fn=feature_fn)
 
 
-tx = cfll.closed_form(adam, cfll.prox(lam=10.0), head="head")
+tx = cfll.closed_form(adam, rule, head="head")
 _, errors = train(algorithm_1_step, tx)
 print(f"Adam, closed-form head, Algorithm 1: {errors[-1]:.2e}")
 

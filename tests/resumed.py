@@ -21,9 +21,10 @@ from benchmarks.models.fno import FNO1d
 from benchmarks.optimizers import OPTIMIZERS, cosine_decay
 from benchmarks.training import batches
 
-STEPS, SAVE_EVERY, LAM = 20, 3, 10.0
+STEPS, SAVE_EVERY = 20, 3
 MODEL = FNO1d(width=4, modes=4, depth=2, num_features=8)
-TX = cfll.closed_form(OPTIMIZERS["Muon"](cosine_decay(0.01, STEPS)), cfll.prox(LAM), head="head")
+RULE = cfll.prox(lam=10.0)
+TX = cfll.closed_form(OPTIMIZERS["Muon"](cosine_decay(0.01, STEPS)), RULE, head="head")
 
 
 @jax.jit
@@ -36,14 +37,13 @@ def init(inputs):
 def train_step(state, inputs, targets):
     """Eq. (17), as in the quickstart."""
     params, opt_state = state
-    anchor = optax.tree.get(opt_state, "anchor")
 
     def loss_fn(params):
         features = MODEL.apply({"params": params}, inputs, method="features")
-        return cfll.prox_loss(features, targets, anchor, LAM)
+        return RULE.loss(features, targets, cfll.get_state(opt_state))
 
-    grads, head = jax.grad(loss_fn, has_aux=True)(params)
-    updates, opt_state = TX.update(grads, opt_state, params, targets=targets, solution=head)
+    grads, solution = jax.grad(loss_fn, has_aux=True)(params)
+    updates, opt_state = TX.update(grads, opt_state, params, solution=solution)
     return optax.apply_updates(params, updates), opt_state
 
 

@@ -17,7 +17,6 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 
 import cfll
-from cfll.solve import penalized_solve
 
 DEVICES = 8
 N, D, O = 256, 16, 4  # noqa: E741
@@ -105,7 +104,7 @@ def problem():
 @jax.jit
 def solve_alone(features, targets, anchor):
     """The head and its diagnostics on one device."""
-    return penalized_solve(features, targets, anchor, LAM)
+    return cfll.penalized_solve(features, targets, anchor, LAM)
 
 
 def kernel_solve(features, targets, anchor):
@@ -198,7 +197,8 @@ def training_problem():
     return params, inputs, targets
 
 
-TX = cfll.closed_form(optax.adam(1e-2), cfll.prox(LAM), head="head")
+RULE = cfll.prox(LAM)
+TX = cfll.closed_form(optax.adam(1e-2), RULE, head="head")
 
 
 def features_of(params, inputs):
@@ -208,13 +208,12 @@ def features_of(params, inputs):
 def train_step(mesh, params, state, inputs, targets):
     """Eq. (17), the same code on one device and on many."""
     del mesh
-    anchor = optax.tree.get(state, "anchor")
 
     def loss_fn(params):
-        return cfll.prox_loss(features_of(params, inputs), targets, anchor, LAM)
+        return RULE.loss(features_of(params, inputs), targets, cfll.get_state(state))
 
-    (loss, head), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    updates, state = TX.update(grads, state, params, solution=head)
+    (loss, solution), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    updates, state = TX.update(grads, state, params, solution=solution)
     return optax.apply_updates(params, updates), state, loss
 
 
@@ -222,7 +221,7 @@ def mapped_train_step(mesh, params, state, inputs, targets):
     """The same by `jax.shard_map`: sums, loss and gradients of the devices are added by name."""
 
     def on_device(params, state, inputs, targets):
-        anchor = optax.tree.get(state, "anchor")
+        anchor = cfll.get_state(state).anchor
         features = features_of(params, inputs)
         head = cfll.GramStats.zeros(D, O).add(features, targets).psum("batch").prox(anchor, LAM)
         distance = sum(jnp.sum((a - b) ** 2) for a, b in zip(head, anchor, strict=True))
@@ -276,7 +275,7 @@ def on_mesh(step, many, batch, steps, one):
         *many, loss = step(*many, *batch)
         types.append(types_of(many))
         losses.append(float(loss))
-    anchors = (optax.tree.get(state, "anchor") for _, state in (many, one))
+    anchors = (cfll.get_state(state).anchor for _, state in (many, one))
     return {
         "losses": losses,
         "params_error": relative_error(many[0], one[0]),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cfll import cholesky
+from cfll.solve import cholesky
 
 SIZES = (1, 640, 641, 1400)  # up to 640 they are LAPACK's
 

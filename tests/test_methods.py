@@ -133,7 +133,7 @@ def test_algorithm_2_starts_with_a_head_of_the_first_batch():
     )
     np.testing.assert_allclose(prepared.params["head"]["kernel"], solved.kernel, rtol=1e-5)
     np.testing.assert_allclose(
-        optax.tree.get(prepared.opt_state, "anchor").kernel, solved.kernel, rtol=1e-5
+        cfll.get_state(prepared.opt_state).anchor.kernel, solved.kernel, rtol=1e-5
     )
 
 

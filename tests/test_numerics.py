@@ -5,6 +5,7 @@ And the command that measures their accuracy, at a tiny size.
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -17,7 +18,6 @@ import cfll
 from benchmarks.experiments import numerics
 from benchmarks.records import Records
 from cfll.heads import widest_dtype
-from cfll.solve import ROUTES, SINGULAR, penalized_solve
 from tests.interrupted import stop_and_resume
 from tests.oracles import make_problem, spoil_columns
 
@@ -106,7 +106,7 @@ def solve_all(features, targets, anchor, lam, weights, penalize_bias):
     stats = cfll.GramStats.zeros(d, o, dtype=anchor.kernel.dtype)
     stats = stats.add(features, targets, weights)
     return [
-        penalized_solve(
+        cfll.penalized_solve(
             features,
             targets,
             anchor,
@@ -157,7 +157,7 @@ def check(problem, known, solver, head, info):
         if 8 * len(problem[0]) * largest > dtype.max:
             return
         assert solver not in ("auto", "qr"), "NaN, and there is a solution"
-    if not info.rcond >= SINGULAR * dtype.eps:
+    if not info.rcond >= numerics.SINGULAR * dtype.eps:
         return  # flagged
     assert answered, "NaN, and rcond is healthy"
     size = max(
@@ -218,7 +218,7 @@ def test_a_head_that_is_not_finite_is_never_accepted(drawn, broken, row):
     if broken is not None:
         assert not info.accepted
     if not info.accepted:
-        jax.tree.map(np.testing.assert_array_equal, new, params)
+        chex.assert_trees_all_equal(new, params)
 
 
 @settings(max_examples=500, deadline=None, database=None)
@@ -253,7 +253,7 @@ def test_arguments_are_solved_or_refused_in_our_words(rows, targets, penalty, la
 def predictions_and_info(features, targets, lam, solver="auto", **kwargs):
     features, targets = np.asarray(features, np.float32), np.asarray(targets, np.float32)
     anchor = cfll.LinearHead.zeros(features.shape[1], targets.shape[1])
-    head, info = penalized_solve(
+    head, info = cfll.penalized_solve(
         features, targets, anchor, np.float32(lam), solver=solver, **kwargs
     )
     return np.asarray(head(features)), info
@@ -281,7 +281,7 @@ def test_refinement_of_a_dual_on_a_tall_batch_does_not_diverge():
     weights = np.asarray([1, 1, 0, 0, 0, 0], np.float32)
     got, info = predictions_and_info(features, targets, 1e-12, "dual", sample_weight=weights)
     wrong = np.abs(got - targets)[:2].max() > 1e-2
-    assert not (wrong and info.rcond >= SINGULAR * np.finfo(np.float32).eps)
+    assert not (wrong and info.rcond >= numerics.SINGULAR * np.finfo(np.float32).eps)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -300,8 +300,8 @@ def test_a_chain_of_small_pivots_is_as_singular_as_their_product(wide):
     rhs = np.vstack([targets.astype(float), np.zeros((features.shape[1], 1))])
     expected = features @ np.linalg.lstsq(stacked, rhs, rcond=None)[0]
     anchor = cfll.LinearHead.zeros(features.shape[1], 1, use_bias=False)
-    head, info = penalized_solve(features, targets, anchor, lam)
-    assert ROUTES[int(info.route)] == "qr"
+    head, info = cfll.penalized_solve(features, targets, anchor, lam)
+    assert cfll.Route(info.route) == cfll.Route.QR
     np.testing.assert_allclose(head(features), expected, atol=3e-3)
 
 

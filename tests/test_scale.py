@@ -150,7 +150,8 @@ def test_two_processes_train_as_one(standard_promotion):
 # Micro-batches ------------------------------------------------------------------------------------
 
 MICRO, ROWS, INPUTS, WIDTH, OUTPUTS, LAM = 8, 512, 6, 24, 2, 100.0
-TX = cfll.closed_form(optax.sgd(0.1), cfll.prox(LAM, solver="primal"))  # compiles fastest
+RULE = cfll.prox(LAM, solver="primal")  # compiles fastest
+TX = cfll.closed_form(optax.sgd(0.1), RULE)
 
 
 def micro_problem():
@@ -173,14 +174,12 @@ def features_of(params, inputs):
 @jax.jit
 def batch_step(params, state, inputs, targets):
     """Eq. (17) on a batch."""
-    anchor = optax.tree.get(state, "anchor")
 
     def loss_fn(params):
-        features = features_of(params, inputs)
-        return cfll.prox_loss(features, targets, anchor, LAM, solver="primal")
+        return RULE.loss(features_of(params, inputs), targets, cfll.get_state(state))
 
-    grads, head = jax.grad(loss_fn, has_aux=True)(params)
-    updates, state = TX.update(grads, state, params, solution=head)
+    grads, solution = jax.grad(loss_fn, has_aux=True)(params)
+    updates, state = TX.update(grads, state, params, solution=solution)
     return optax.apply_updates(params, updates), state
 
 
@@ -193,7 +192,7 @@ def micro_step(params, state, inputs, targets):
 
     zeros = cfll.GramStats.zeros(WIDTH, OUTPUTS)
     stats, _ = jax.lax.scan(add, zeros, (inputs, targets))
-    head = stats.prox(optax.tree.get(state, "anchor"), LAM)
+    head = stats.prox(cfll.get_state(state).anchor, LAM)
 
     def loss_fn(params, inputs, targets):
         squares = jnp.sum((targets - head(features_of(params, inputs))) ** 2)
@@ -261,7 +260,7 @@ def test_a_bfloat16_backbone_trains_with_a_float32_head():
     first, state = batch_step(params, TX.init(params), inputs, targets[0])
     types = jax.tree.map(jax.typeof, (first, state))
     assert types == jax.tree.map(jax.typeof, (params, TX.init(params)))
-    anchor = optax.tree.get(state, "anchor")
+    anchor = cfll.get_state(state).anchor
     assert anchor.kernel.dtype == anchor.bias.dtype == jnp.float32
     features = features_of(params, inputs)
     assert features.dtype == jnp.bfloat16

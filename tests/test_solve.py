@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,6 @@ from jax.test_util import check_grads
 from sklearn.linear_model import Ridge
 
 import cfll
-from cfll.solve import ROUTES, penalized_solve
 from tests.oracles import Problem, make_problem
 
 SOLVERS = ["auto", "primal", "dual", "qr"]
@@ -24,7 +24,7 @@ def solve(problem: Problem, solver="auto", dtype=np.float32):
 
     @jax.jit
     def run(features, targets, anchor, lam, weights):
-        return penalized_solve(
+        return cfll.penalized_solve(
             features,
             targets,
             anchor,
@@ -122,12 +122,12 @@ def test_routes_by_shape():
     def route(n, d, lam, **kwargs):
         features, targets = np.eye(n, d, dtype=np.float32), np.ones((n, 1), np.float32)
         anchor = cfll.LinearHead.zeros(d, 1)
-        return ROUTES[int(penalized_solve(features, targets, anchor, lam, **kwargs)[1].route)]
+        return cfll.Route(cfll.penalized_solve(features, targets, anchor, lam, **kwargs)[1].route)
 
-    assert route(8, 4, 1.0) == "primal"
-    assert route(4, 8, 1.0) == "dual"
-    assert route(4, 8, np.eye(8, dtype=np.float32)) == "primal"
-    assert route(4, 8, 1.0, solver="qr") == "qr"
+    assert route(8, 4, 1.0) == cfll.Route.PRIMAL
+    assert route(4, 8, 1.0) == cfll.Route.DUAL
+    assert route(4, 8, np.eye(8, dtype=np.float32)) == cfll.Route.PRIMAL
+    assert route(4, 8, 1.0, solver="qr") == cfll.Route.QR
 
 
 # Singular to working precision --------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_rcond_says_how_far_rounding_goes(make, lam, n):
         stacked_rows(features, lam), np.vstack([targets, np.zeros((257, 3))])
     )[0]
     estimate = np.finfo(np.float32).eps / float(info.rcond)
-    if ROUTES[info.route] == "primal":
+    if cfll.Route(info.route) == cfll.Route.PRIMAL:
         # Twice the estimate on most features; shifted ones are the worst that were found.
         assert relative_error(stack(head), expected) < 10 * estimate
     else:
@@ -266,7 +266,7 @@ def test_auto_survives_what_cholesky_does_not(n, d, lam, kind, penalize_bias):
     predictions = features.astype(float) @ expected[:-1] + expected[-1]
     got = features.astype(float) @ np.asarray(head.kernel, float) + np.asarray(head.bias, float)
     assert relative_error(got, predictions) < 1e-3
-    assert ROUTES[int(info.route)] == "qr" or n < d  # visible to the caller
+    assert cfll.Route(info.route) == cfll.Route.QR or n < d  # visible to the caller
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
@@ -469,6 +469,63 @@ def test_derivative_at_a_weight_of_zero(x64):
 
     forward = (first(jnp.asarray(1e-6)) - first(jnp.asarray(0.0))) / 1e-6
     np.testing.assert_allclose(jax.grad(first)(jnp.asarray(0.0)), forward, rtol=1e-4)
+
+
+def explicit_solve(features, targets, anchor, lam, weights):
+    """Eq. (13) with weights, by a solve that JAX differentiates itself."""
+    phi = jnp.concatenate([features, jnp.ones((len(features), 1), features.dtype)], axis=1)
+    weighted = phi.T * weights[None, :]
+    penalty = lam * jnp.eye(phi.shape[1], dtype=features.dtype)
+    rows = jnp.concatenate([anchor.kernel, anchor.bias[None, :]])
+    head = jnp.linalg.solve(weighted @ phi + penalty, weighted @ targets + penalty @ rows)
+    return cfll.LinearHead(head[:-1], head[-1])
+
+
+@pytest.mark.parametrize("solver", ["auto", "dual"])
+def test_derivatives_in_the_dual_are_exact_in_float32(x64, solver):
+    # The data outweigh the penalty by 1e4: what is computed as a difference has few digits left.
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return np.asarray(rng.normal(size=shape), np.float32)
+
+    anchor, cotangent = (cfll.LinearHead(draw(128, 3), draw(3)) for _ in range(2))
+    weights = np.asarray(rng.uniform(0.5, 2, 100), np.float32)
+    args = draw(100, 128), draw(100, 3), anchor, np.float32(1e-2), weights
+
+    def gradients(solve, dtype):
+        cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (args, cotangent))
+        return jax.jit(lambda args, cotangent: jax.vjp(solve, *args)[1](cotangent))(*cast)
+
+    def ours(features, targets, anchor, lam, weights):
+        return cfll.prox_solve(features, targets, anchor, lam, sample_weight=weights, solver=solver)
+
+    got, expected = gradients(ours, jnp.float32), gradients(explicit_solve, jnp.float64)
+    chex.assert_trees_all_equal_dtypes(got, args)
+    errors = jax.tree.map(
+        lambda a, b: float(relative_error(np.asarray(a), np.asarray(b))), got, expected
+    )
+    # Those by features and weights hold what the solve left of the residual, itself a difference.
+    assert max(errors[0], errors[4]) < 1e-2
+    assert max(jax.tree.leaves(errors[1:4])) < 1e-4
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, cfll.CG(tolerance=1e-13, max_iterations=200)])
+@pytest.mark.parametrize(("n", "d"), [(3, 6), (9, 4)])
+def test_second_derivatives_at_a_weight_of_zero(x64, solver, n, d):
+    rng = np.random.default_rng(0)
+    features, targets = jnp.asarray(rng.normal(size=(n, d))), jnp.asarray(rng.normal(size=(n, 2)))
+    anchor = cfll.LinearHead(jnp.asarray(rng.normal(size=(d, 2))), jnp.ones(2))
+    weights = jnp.ones(n).at[0].set(0.0)
+
+    def ours(weights):
+        return cfll.prox_solve(features, targets, anchor, 0.5, sample_weight=weights, solver=solver)
+
+    def explicit(weights):
+        return explicit_solve(features, targets, anchor, 0.5, weights)
+
+    got, expected = (jax.jacfwd(jax.jacrev(solve))(weights) for solve in (ours, explicit))
+    chex.assert_trees_all_close(got, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_gradient_reuses_the_factor():

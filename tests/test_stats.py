@@ -1,14 +1,15 @@
 """GramStats: heads from sums are heads from the data."""
 
 import itertools
+from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import cfll
-from cfll.solve import ROUTES
 
 RNG = np.random.default_rng(0)
 F = np.asarray(RNG.normal(size=(60, 8)), np.float32)
@@ -17,8 +18,7 @@ W = np.asarray(RNG.uniform(0, 2, 60), np.float32)
 W[::7] = 0
 
 
-def close(a, b, rtol=1e-5):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-5), a, b)
+close = partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
@@ -76,7 +76,7 @@ def test_singular_sums_take_the_eigendecomposition_and_say_so():
     stats = cfll.GramStats.zeros(12, 2).add(features, Y)
     zero = cfll.LinearHead.zeros(12, 2)
     head, info = stats.solve(zero, 1e-7)
-    assert ROUTES[int(info.route)] == "eigh"
+    assert cfll.Route(info.route) == cfll.Route.EIGH
     exact = cfll.ridge_solve(features, Y, 1e-7)
     np.testing.assert_allclose(head(features), exact(features), rtol=1e-3, atol=1e-3)
 
@@ -116,3 +116,44 @@ def test_samples_may_be_sharded_over_an_explicit_mesh():
 
     for head in both(features, targets):
         close(head, cfll.ridge_solve(F, Y, 1.0))
+
+
+# Outside of jit -----------------------------------------------------------------------------------
+
+ANCHOR = cfll.LinearHead.zeros(8, 2)
+SUMS = cfll.GramStats.zeros(8, 2)
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """The compilations so far, a list that grows."""
+    events = []
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return events
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda scale: cfll.ridge_solve(F, scale * Y, scale),
+        lambda scale: cfll.ridge_solve(F, Y, scale, penalize_bias=False, sample_weight=W),
+        lambda scale: cfll.prox_solve(F, scale * Y, ANCHOR, scale, solver="dual"),
+        lambda scale: cfll.prox_solve(F, Y, ANCHOR, scale * np.eye(8, dtype=np.float32)),
+        lambda scale: SUMS.add(scale * F, Y, W),
+        lambda scale: SUMS.ridge(scale),
+        lambda scale: SUMS.ridge(scale, penalize_bias=False),
+        lambda scale: SUMS.prox(ANCHOR, scale),
+    ],
+)
+def test_the_second_call_compiles_nothing(compilations, call):
+    jax.clear_caches()
+    counts = [len(compilations)]
+    for scale in (np.float32(0.5), np.float32(2.0)):  # another penalty, other data
+        jax.block_until_ready(call(scale))
+        counts.append(len(compilations))
+    assert counts[0] < counts[1] == counts[2]

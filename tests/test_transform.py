@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,6 @@ import optax
 import pytest
 
 import cfll
-from cfll.solve import ROUTES
 from tests import oracles
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
@@ -46,10 +46,6 @@ def make_step(tx, x=X, y=Y, **keywords):
     return step
 
 
-def assert_close(a, b, **tolerance):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
-
-
 PROX = cfll.prox(lam=1.0)
 
 
@@ -78,7 +74,7 @@ def check_history(history, trajectory):
     assert len(history) == len(trajectory)
     for params, net in zip(history, trajectory, strict=True):
         # float64 on both sides; 1e-9 leaves room for a condition number of 1e6
-        assert_close(params, to_params(net), rtol=1e-9, atol=1e-9)
+        chex.assert_trees_all_close(params, to_params(net), rtol=1e-9, atol=1e-9)
 
 
 def test_algorithm_1(x64):
@@ -124,35 +120,36 @@ def test_algorithm_2(x64):
 
 def test_equation_17(x64):
     net, batches = oracles.network_problem()
-    tx = cfll.closed_form(optax.sgd(0.05), cfll.prox(lam=0.5), head="head")
+    rule = cfll.prox(lam=0.5)
+    tx = cfll.closed_form(optax.sgd(0.05), rule, head="head")
     params, history = to_params(net), []
     state = tx.init(params)
 
-    def objective(params, anchor, x, y):
-        return cfll.prox_loss(hidden_features(params, x), y, anchor, 0.5)
+    def objective(params, head, x, y):
+        return rule.loss(hidden_features(params, x), y, head)
 
     for x, y in batches:
-        anchor = optax.tree.get(state, "anchor")
-        (_, head), grads = jax.value_and_grad(objective, has_aux=True)(params, anchor, x, y)
-        updates, state = tx.update(grads, state, params, solution=head)
+        head = cfll.get_state(state)
+        (_, solution), grads = jax.value_and_grad(objective, has_aux=True)(params, head, x, y)
+        updates, state = tx.update(grads, state, params, solution=solution)
         params = optax.apply_updates(params, updates)
         history.append(params)
     check_history(history, oracles.equation_17(net, batches, rate=0.05, lam=0.5))
 
 
-def test_ridge_forgets_and_ema_averages(x64):
+def test_ridge_forgets_and_averaged_ridge_averages(x64):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), make_params())
     phi, y = features_of(params), Y.astype(jnp.float64)
     old, fit = cfll.get_head(params, "head"), cfll.ridge_solve(phi, y, 0.3)
     for rule, expected in [
         (cfll.ridge(0.3), fit),
-        (cfll.ema(0.3, 0.75), jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, old, fit)),
+        (cfll.averaged_ridge(0.3, 0.75), jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, old, fit)),
     ]:
         tx = cfll.closed_form_head(rule)
         zeros = jax.tree.map(jnp.zeros_like, params)
         updates, _ = tx.update(zeros, tx.init(params), params, targets=y, features=phi)
         new = cfll.get_head(optax.apply_updates(params, updates), "head")
-        assert_close(new, expected, rtol=1e-12)
+        chex.assert_trees_all_close(new, expected, rtol=1e-12)
 
 
 # Optax's contract ---------------------------------------------------------------------------------
@@ -185,7 +182,7 @@ def test_map_params_is_a_no_op():
         state = tx.init(make_params())
         mapped = optax.tree.map_params(tx, lambda leaf: leaf, state)
         assert jax.tree.structure(mapped) == jax.tree.structure(state)
-        assert_close(mapped, state)
+        chex.assert_trees_all_equal(mapped, state)
 
 
 @pytest.mark.parametrize("wrt", ["lam", "beta"])
@@ -198,14 +195,14 @@ def test_inject_hyperparams_gives_equal_updates_and_state(wrt):
     params = make_params()
     plain_params, plain_state = make_step(plain)(params, plain.init(params))
     new_params, state = make_step(injected)(params, injected.init(params))
-    assert_close(new_params, plain_params, rtol=1e-5)
-    assert_close(state.inner_state, plain_state, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(new_params, plain_params, rtol=1e-5)
+    chex.assert_trees_all_close(state.inner_state, plain_state, rtol=1e-5, atol=1e-6)
     # and it can be changed in flight, without recompiling
     step = make_step(injected)
     step(params, state)
     state.hyperparams["penalty"] = jnp.asarray(50.0, jnp.float32)
     _, state = step(params, state)
-    assert float(optax.tree.get(state, "lam")) == 50.0
+    assert float(cfll.get_state(state).lam) == 50.0
     assert step._cache_size() == 1
 
 
@@ -218,7 +215,7 @@ def test_updates_have_the_dtype_of_the_parameters(dtype):
     assert jax.tree.map(lambda leaf: leaf.dtype, updates) == jax.tree.map(
         lambda leaf: leaf.dtype, params
     )
-    anchor = optax.tree.get(state, "anchor")
+    anchor = cfll.get_state(state).anchor
     assert anchor.kernel.dtype == jnp.float32  # the truth; the parameters hold it rounded
     new = cfll.get_head(optax.apply_updates(params, updates), "head")
     np.testing.assert_allclose(new.kernel.astype(jnp.float32), anchor.kernel, rtol=2e-2, atol=2e-2)
@@ -234,7 +231,7 @@ def test_state_types_are_stable_under_cond_and_scan(standard_promotion):
 
     flags = jnp.array([True, False, True])
     (_, state), _ = jax.lax.scan(body, (params, tx.init(params)), flags)
-    assert int(optax.tree.get(state, "skipped")) == 0
+    assert int(cfll.get_state(state).info.skipped) == 0
 
 
 def test_a_constant_schedule_is_a_number():
@@ -245,7 +242,7 @@ def test_a_constant_schedule_is_a_number():
         for _ in range(3):
             p, state = step(p, state)
         results.append((p, state))
-    assert_close(results[0], results[1], rtol=1e-6)
+    chex.assert_trees_all_close(results[0], results[1], rtol=1e-6)
 
 
 def test_a_schedule_moves_the_recorded_lam():
@@ -267,11 +264,11 @@ def test_multi_steps_solves_on_the_last_micro_batch_and_never_passes_nan(standar
     zeros = jax.tree.map(jnp.zeros_like, params)
     bad = jnp.full_like(Y, jnp.nan)
     updates, state = tx.update(zeros, state, params, targets=bad, features=features_of(params))
-    assert_close(updates, zeros)  # 0 * NaN would be NaN: the guard is inside
+    chex.assert_trees_all_equal(updates, zeros)  # 0 * NaN would be NaN: the guard is inside
     updates, state = tx.update(zeros, state, params, targets=Y, features=features_of(params))
     new = cfll.get_head(optax.apply_updates(params, updates), "head")
     expected = cfll.prox_solve(features_of(params), Y, cfll.get_head(params, "head"), 1.0)
-    assert_close(new, expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(new, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_micro_batches_go_through_gram_stats():
@@ -280,11 +277,13 @@ def test_micro_batches_go_through_gram_stats():
     stats = cfll.GramStats.zeros(4, 2)
     for rows in (slice(0, 5), slice(5, 16)):
         stats = stats.add(features_of(params)[rows], Y[rows])
-    anchor = optax.tree.get(state, "anchor")
+    anchor = cfll.get_state(state).anchor
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zeros, state, params, solution=stats.prox(anchor, 1.0))
     new = cfll.get_head(optax.apply_updates(params, updates), "head")
-    assert_close(new, cfll.prox_solve(features_of(params), Y, anchor, 1.0), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(
+        new, cfll.prox_solve(features_of(params), Y, anchor, 1.0), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("spec", [jax.P(), jax.P("x")])
@@ -323,8 +322,8 @@ def test_it_sets_the_head_whatever_the_chain_did_to_its_gradient():
     named = optax.named_chain(("sgd", optax.sgd(0.0)), ("head", cfll.closed_form_head(PROX)))
     for tx in (chain, named):
         new, state = make_step(tx)(params, tx.init(params))
-        anchor = optax.tree.get(state, "anchor")
-        assert_close(cfll.get_head(new, "head"), anchor, rtol=1e-5, atol=1e-6)
+        anchor = cfll.get_state(state).anchor
+        chex.assert_trees_all_close(cfll.get_head(new, "head"), anchor, rtol=1e-5, atol=1e-6)
 
 
 def test_the_backbone_optimizer_stores_nothing_for_the_head():
@@ -352,8 +351,8 @@ def test_backbone_optimizers(standard_promotion, optimizer):
     step, state = make_step(tx), tx.init(params)
     for _ in range(3):
         params, state = step(params, state)
-    assert_close(
-        cfll.get_head(params, "head"), optax.tree.get(state, "anchor"), rtol=1e-4, atol=1e-5
+    chex.assert_trees_all_close(
+        cfll.get_head(params, "head"), cfll.get_state(state).anchor, rtol=1e-4, atol=1e-5
     )
 
 
@@ -366,13 +365,15 @@ def test_a_nan_batch_keeps_the_head_and_is_counted():
     grads = jax.tree.map(jnp.ones_like, params)
     bad = jnp.full_like(Y, jnp.nan)
     updates, state = tx.update(grads, state, params, targets=bad, feature_fn=features_of)
-    info = optax.tree.get(state, "info")
+    info = cfll.get_state(state).info
     assert (bool(info.accepted), int(info.skipped)) == (False, 1)
     new = optax.apply_updates(params, updates)
-    assert_close(new["head"], params["head"], rtol=1e-6)
-    assert_close(new["backbone"]["kernel"], params["backbone"]["kernel"] - 0.1, rtol=1e-6)
+    chex.assert_trees_all_close(new["head"], params["head"], rtol=1e-6)
+    chex.assert_trees_all_close(
+        new["backbone"]["kernel"], params["backbone"]["kernel"] - 0.1, rtol=1e-6
+    )
     _, state = tx.update(grads, state, params, targets=Y, feature_fn=features_of)
-    info = optax.tree.get(state, "info")
+    info = cfll.get_state(state).info
     assert (bool(info.accepted), int(info.skipped)) == (True, 1)
 
 
@@ -381,9 +382,9 @@ def test_a_solution_that_is_not_finite_is_refused():
     bad = cfll.LinearHead(jnp.full((4, 2), jnp.inf), jnp.zeros(2))
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, state = tx.update(zeros, tx.init(params), params, solution=bad)
-    assert_close(updates, zeros)
-    assert int(optax.tree.get(state, "skipped")) == 1
-    assert ROUTES[int(optax.tree.get(state, "route"))] == "given"
+    chex.assert_trees_all_equal(updates, zeros)
+    assert int(cfll.get_state(state).info.skipped) == 1
+    assert cfll.Route(cfll.get_state(state).info.route) == cfll.Route.GIVEN
 
 
 def test_ten_thousand_steps_with_a_nan_batch_every_hundredth():
@@ -401,7 +402,7 @@ def test_ten_thousand_steps_with_a_nan_batch_every_hundredth():
     run = jax.jit(lambda carry: jax.lax.scan(body, carry, jnp.arange(10_000))[0])
     params, state = run((params, tx.init(params)))
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((params, state)))
-    assert int(optax.tree.get(state, "skipped")) == 100
+    assert int(cfll.get_state(state).info.skipped) == 100
     assert float(loss_of(params)) < float(loss_of(make_params()))
 
 
@@ -411,7 +412,7 @@ def test_apply_if_finite_around_everything():
     step, bad_step = make_step(tx), make_step(tx, y=jnp.full_like(Y, jnp.nan))
     params, state = step(params, tx.init(params))
     same, state = bad_step(params, state)
-    assert_close(same, params)
+    chex.assert_trees_all_equal(same, params)
     params, state = step(same, state)
     assert bool(jnp.isfinite(loss_of(params)))
 
@@ -422,7 +423,7 @@ def test_singular_features_are_solved_and_the_route_is_shown():
     features = jnp.tile(features_of(params)[:, :1], (1, 4))
     zeros = jax.tree.map(jnp.zeros_like, params)
     _, state = tx.update(zeros, tx.init(params), params, targets=Y, features=features)
-    assert ROUTES[int(state.info.route)] == "qr"
+    assert cfll.Route(state.info.route) == cfll.Route.QR
     assert bool(state.info.accepted)
 
 
@@ -435,7 +436,7 @@ def test_something_else_writing_the_head_shows_as_drift():
         step, state = make_step(tx), tx.init(params)
         for _ in range(2):
             params, state = step(params, state)
-        drifts.append(float(optax.tree.get(state, "drift")))
+        drifts.append(float(cfll.get_state(state).info.drift))
     assert drifts[0] < 1e-6 < 1e-2 < drifts[1]
 
 
@@ -491,7 +492,7 @@ MASK = {"backbone": {"kernel": False}, "head": {"kernel": True, "bias": True}}
             ValueError,
             ["hidden by optax.masked", "cfll.closed_form"],
         ),
-        (lambda: cfll.ema(1.0, 1.5), ValueError, ["0 <= decay < 1"]),
+        (lambda: cfll.averaged_ridge(1.0, 1.5), ValueError, ["0 <= decay < 1"]),
     ],
 )
 def test_errors_contain_the_fix(run, error, words):
@@ -507,7 +508,7 @@ def test_masked_works_with_features():
     updates, _ = call(tx, params, targets=Y, features=features_of(params))
     new = cfll.get_head(optax.apply_updates(params, updates), "head")
     expected = cfll.prox_solve(features_of(params), Y, cfll.get_head(params, "head"), 1.0)
-    assert_close(new, expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(new, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_keywords_dropped_on_the_way_are_named():
@@ -519,52 +520,70 @@ def test_keywords_dropped_on_the_way_are_named():
 # Every k-th update --------------------------------------------------------------------------------
 
 
-def test_update_interval_solves_every_kth_time(standard_promotion):
-    every, third = (
-        cfll.closed_form(optax.sgd(0.1), PROX, update_interval=interval) for interval in (1, 3)
-    )
-    params = make_params()
-    state, reference = third.init(params), every.init(params)
-    step, reference_step = make_step(third), make_step(every)
-    heads, routes = [], []
+def check_every_third(step, params, state):
+    """The parameters before and after each of seven updates, of which every third solves."""
+    history, routes = [params], []
     for _ in range(7):
         params, state = step(params, state)
-        heads.append(params["head"]["kernel"])
-        routes.append(int(optax.tree.get(state, "info").route))
+        history.append(params)
+        routes.append(cfll.Route(cfll.get_state(state).info.route))
+    heads = [params["head"]["kernel"] for params in history]
     same = [bool((a == b).all()) for a, b in itertools.pairwise(heads)]
-    assert same == [True, True, False, True, True, False]
-    assert {ROUTES[route] for route in routes} == {"primal"}  # the last solve's, in between
-    assert optax.tree.get(state, "count") == 7
-    # The first update is the one that solves always.
-    first, _ = reference_step(make_params(), reference)
-    np.testing.assert_array_equal(first["head"]["kernel"], heads[0])
+    assert same == [False, True, True, False, True, True, False]
+    assert set(routes) == {cfll.Route.PRIMAL}  # the last solve's, in between
+    assert cfll.get_state(state).count == 7
     assert step._cache_size() == 1
+    return history
 
 
-def test_update_interval_keeps_a_head_that_met_nan(standard_promotion):
-    tx = cfll.closed_form(optax.sgd(0.0), PROX, update_interval=2)
+def test_every_kth_update_solves(standard_promotion):
+    always, third = (cfll.closed_form(optax.sgd(0.1), cfll.every(k, PROX)) for k in (1, 3))
+    params = make_params()
+    history = check_every_third(make_step(third), params, third.init(params))
+    # The first update is the one that solves always.
+    first, _ = make_step(always)(params, always.init(params))
+    np.testing.assert_array_equal(first["head"]["kernel"], history[1]["head"]["kernel"])
+
+
+def test_every_kth_update_solves_in_the_order_of_equation_17():
+    rule = cfll.every(3, PROX)
+    tx = cfll.closed_form(optax.sgd(0.1), rule)
+
+    @jax.jit
+    def step(params, state):
+        def loss_fn(params):
+            return rule.loss(features_of(params), Y, cfll.get_state(state))
+
+        grads, solution = jax.grad(loss_fn, has_aux=True)(params)
+        updates, state = tx.update(grads, state, params, solution=solution)
+        return optax.apply_updates(params, updates), state
+
+    params = make_params()
+    history = check_every_third(step, params, tx.init(params))
+    for k, (old, new) in enumerate(itertools.pairwise(history)):
+        head = cfll.get_head(old, "head")
+        if k % 3 == 0:
+            head = cfll.prox_solve(features_of(old), Y, head, 1.0)
+        # The backbone descends in every update, at the head that is solved or kept.
+        old = cfll.set_head(old, "head", head)
+        moved = old["backbone"]["kernel"] - 0.1 * jax.grad(loss_of)(old)["backbone"]["kernel"]
+        expected = {**old, "backbone": {"kernel": moved}}
+        chex.assert_trees_all_close(new, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_kth_update_keeps_a_head_that_met_nan(standard_promotion):
+    tx = cfll.closed_form(optax.sgd(0.0), cfll.every(2, PROX))
     params = make_params()
     state = tx.init(params)
     bad = make_step(tx, x=X.at[0, 0].set(jnp.nan))
     new, state = bad(params, state)
     np.testing.assert_array_equal(new["head"]["kernel"], params["head"]["kernel"])
-    info = optax.tree.get(state, "info")
+    info = cfll.get_state(state).info
     assert not info.accepted
     assert info.skipped == 1
 
 
-@pytest.mark.parametrize(
-    ("interval", "error", "words"),
-    [(0, ValueError, "write 1"), (2.0, TypeError, "whole number"), (True, TypeError, "whole")],
-)
-def test_update_interval_is_a_positive_whole_number(interval, error, words):
-    with pytest.raises(error, match=words):
-        cfll.closed_form(optax.sgd(0.1), PROX, update_interval=interval)
-
-
-def test_update_interval_refuses_a_solution():
-    tx = cfll.closed_form_head(PROX, update_interval=2)
-    params = make_params()
-    grads = jax.tree.map(jnp.zeros_like, params)
-    with pytest.raises(TypeError, match="saves nothing"):
-        tx.update(grads, tx.init(params), params, solution=cfll.get_head(params, "head"))
+@pytest.mark.parametrize("interval", [0, 2.0, True])
+def test_the_interval_is_a_positive_whole_number(interval):
+    with pytest.raises(ValueError, match="write a whole number"):
+        cfll.every(interval, PROX)

@@ -40,18 +40,17 @@ def train():
         "head": cfll.LinearHead.zeros(16, 3)._asdict(),
     }
     truth = np.asarray(rng.normal(size=(4, 3)), np.float32)
-    tx = cfll.closed_form(optax.adam(1e-2), cfll.prox(LAM), head="head")
+    rule = cfll.prox(LAM)
+    tx = cfll.closed_form(optax.adam(1e-2), rule, head="head")
 
     @jax.jit
     def step(params, state, inputs, targets):
-        anchor = optax.tree.get(state, "anchor")
-
         def loss_fn(params):
             features = jnp.tanh(inputs @ params["hidden"]["kernel"])
-            return cfll.prox_loss(features, targets, anchor, LAM)
+            return rule.loss(features, targets, cfll.get_state(state))
 
-        (loss, head), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        updates, state = tx.update(grads, state, params, solution=head)
+        (loss, solution), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, state = tx.update(grads, state, params, solution=solution)
         return optax.apply_updates(params, updates), state, loss
 
     losses = []

@@ -29,7 +29,7 @@ from benchmarks.models.fno import FNO1d
 from benchmarks.optimizers import OPTIMIZERS
 from benchmarks.progress import SweepProgress
 from benchmarks.records import Record, Records
-from cfll.iv import ApplyFn
+from cfll.networks import ApplyFn
 
 Precision = Literal["float32", "bfloat16"]
 SINGLE, HALF = PRECISIONS = get_args(Precision)

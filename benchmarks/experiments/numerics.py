@@ -30,13 +30,16 @@ import cfll
 from benchmarks import plots
 from benchmarks.records import Record, Records
 from benchmarks.summary import Claim, Summary, Table, show
-from cfll.solve import ROUTES, SINGULAR, SolveInfo, penalized_solve
 
 SUMS = "GramStats.prox"
 SOLVERS = ("auto", "primal", "dual", "qr", SUMS)
 DTYPES = ("float32", "float64")
 SPECTRUM = "spectrum"
 STRUCTURES = ("dead", "repeated", "collinear", "scaled")
+
+# In multiples of the machine epsilon: an `rcond` below this calls a system singular. It is where
+# `GramStats`, which cannot refine, gives Cholesky up, and what its users are to look out for.
+SINGULAR = 1e2
 
 # What README.md promises for float32.
 HEAD_PROMISE, PREDICTIONS_PROMISE = 1e-4, 1e-3
@@ -322,10 +325,10 @@ def solve(
     anchor: cfll.LinearHead,
     lam: jax.Array,
     solver: str,
-) -> tuple[cfll.LinearHead, SolveInfo]:
+) -> tuple[cfll.LinearHead, cfll.SolveInfo]:
     """Head and diagnostics of one of `SOLVERS`. `lam` is traced, so that it may be zero."""
     if solver != SUMS:
-        return penalized_solve(features, targets, anchor, lam, solver=solver)
+        return cfll.penalized_solve(features, targets, anchor, lam, solver=solver)
     d, o = anchor.kernel.shape
     stats = cfll.GramStats.zeros(d, o, anchor.bias is not None, features.dtype)
     return stats.add(features, targets).solve(anchor, lam)
@@ -354,7 +357,7 @@ def measure(problem: Problem, exact: np.ndarray, solver: str) -> Record:
         "predictions": _plain(
             np.linalg.norm(features @ (found - exact)) / np.linalg.norm(features @ exact)
         ),
-        "route": ROUTES[int(info.route)],
+        "route": str(cfll.Route(int(info.route))),
         "rcond": _plain(info.rcond),
     }
 
@@ -402,7 +405,7 @@ class Solved(NamedTuple):
       solver: of `SOLVERS`.
       head: relative error of the head; infinite where the answer is not finite.
       predictions: relative error of the predictions; likewise.
-      route: of `cfll.solve.ROUTES`.
+      route: a `cfll.Route`, as it is printed.
       rcond: as the solve estimates it; NaN if Cholesky failed.
       condition: of the penalized system.
     """

@@ -1,7 +1,7 @@
 """quickstart: what does a closed-form head add to the optimizer you already use?
 
 A Fourier neural operator learns Burgers' equation with SGD, Adam and Muon, each with a head trained
-by gradients like any other layer, and with a head in closed form. The four functions `*_step` are
+by gradients like any other layer, and with a head in closed form. The three functions `*_step` are
 the whole difference, and an example of how to use the library: read them first.
 
 Top of the benchmarks: one experiment, one command, everything below is shared.
@@ -35,8 +35,8 @@ MODEL = FNO1d()
 # Training steps -----------------------------------------------------------------------------------
 #
 # state = (params, opt_state); inputs (batch, points, 2); targets (batch, points, 1). Every grid
-# point is a sample to the head. `tx` is the optimizer, for the last three wrapped by
-# `cfll.closed_form(optimizer, rule, head="head")`.
+# point is a sample to the head. `tx` is the optimizer, for a closed-form head
+# `cfll.closed_form(optimizer, rule, head="head")`, with the same rule as in the loss.
 
 State = tuple[Any, Any]
 
@@ -68,40 +68,21 @@ def gradient_step(
     return (optax.apply_updates(params, updates), opt_state), loss
 
 
-def proximal_step(
-    lam: float,
+def closed_form_step(
+    rule: cfll.Rule,
     tx: optax.GradientTransformationExtraArgs,
     state: State,
     inputs: jax.Array,
     targets: jax.Array,
 ) -> tuple[State, jax.Array]:
-    """Eq. (17): solve for the head in the forward pass, then move the backbone to suit it."""
-    params, opt_state = state
-    anchor = optax.tree.get(opt_state, "anchor")
-
-    def loss_and_head(params: Any) -> tuple[jax.Array, cfll.LinearHead]:
-        return cfll.prox_loss(features_of(params, inputs), targets, anchor, lam)
-
-    (loss, head), grads = jax.value_and_grad(loss_and_head, has_aux=True)(params)
-    updates, opt_state = tx.update(grads, opt_state, params, targets=targets, solution=head)
-    return (optax.apply_updates(params, updates), opt_state), loss
-
-
-def ridge_step(
-    beta: float,
-    tx: optax.GradientTransformationExtraArgs,
-    state: State,
-    inputs: jax.Array,
-    targets: jax.Array,
-) -> tuple[State, jax.Array]:
-    """Eq. (9): the same with a head that forgets the batches before."""
+    """Eq. (17), with ridge Eq. (9): solve the head in the forward pass, then move the backbone."""
     params, opt_state = state
 
-    def loss_and_head(params: Any) -> tuple[jax.Array, cfll.LinearHead]:
-        return cfll.ridge_loss(features_of(params, inputs), targets, beta)
+    def loss_and_solution(params: Any) -> tuple[jax.Array, cfll.Solution]:
+        return rule.loss(features_of(params, inputs), targets, cfll.get_state(opt_state))
 
-    (loss, head), grads = jax.value_and_grad(loss_and_head, has_aux=True)(params)
-    updates, opt_state = tx.update(grads, opt_state, params, targets=targets, solution=head)
+    (loss, solution), grads = jax.value_and_grad(loss_and_solution, has_aux=True)(params)
+    updates, opt_state = tx.update(grads, opt_state, params, solution=solution)
     return (optax.apply_updates(params, updates), opt_state), loss
 
 
@@ -167,17 +148,22 @@ def transformation(
     optimizer = OPTIMIZERS[row.optimizer](cosine_decay(rate, num_steps))
     if row.head == GRADIENT:
         return optimizer
-    rule = cfll.ridge(BETA) if row.head == RIDGE else cfll.prox(lam)
-    return cfll.closed_form(optimizer, rule, head="head")
+    return cfll.closed_form(optimizer, rule_of(row, lam), head="head")
+
+
+def rule_of(row: Row, lam: float) -> cfll.Rule:
+    """How a row finds its closed-form head."""
+    return cfll.ridge(BETA) if row.head == RIDGE else cfll.prox(lam)
 
 
 def jitted_step(row: Row, lam: float) -> Any:
     """(rate, num_steps, state, inputs, targets) -> (state, loss), compiled once for all runs."""
+    closed_form = partial(closed_form_step, rule_of(row, lam))
     steps: Mapping[str, Any] = {
         GRADIENT: gradient_step,
-        PROXIMAL: partial(proximal_step, lam),
+        PROXIMAL: closed_form,
         ALGORITHM_1: algorithm_1_step,
-        RIDGE: partial(ridge_step, BETA),
+        RIDGE: closed_form,
     }
 
     @partial(jax.jit, donate_argnames="state")

@@ -40,18 +40,8 @@ dot = partial(jnp.matmul, precision=_HIGHEST)
 
 
 def lower_gram(left: jax.Array, right: jax.Array) -> jax.Array:
-    """The lower triangle of left^T right, where that product is symmetric.
-
-    In strips, each against the columns up to its own last one: 5 / 8 of the whole product's
-    operations. What is above the triangle is not to be read.
-
-    Args:
-      left: (n, d).
-      right: (n, d), the same but for weights of the rows.
-
-    Returns:
-      (d, d).
-    """
+    """The lower triangle of left^T right, where that product is symmetric; (d, d)."""
+    # In strips, each against the columns up to its own last one: 5 / 8 of the operations.
     d = left.shape[1]
     if d < _STRIPS_FROM:
         return dot(left.T, right)
@@ -64,14 +54,7 @@ def lower_gram(left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def cholesky(matrix: jax.Array) -> jax.Array:
-    """Lower Cholesky factor, NaN where it does not exist.
-
-    Args:
-      matrix: symmetric, (m, m); only its lower triangle is read.
-
-    Returns:
-      (m, m), zero above the diagonal.
-    """
+    """Lower Cholesky factor, from the lower triangle alone; NaN where it does not exist."""
     if len(matrix) <= _LEAF:
         return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
     half = len(matrix) // 2
@@ -84,15 +67,7 @@ def cholesky(matrix: jax.Array) -> jax.Array:
 
 
 def cho_solve(lower: jax.Array, rhs: jax.Array) -> jax.Array:
-    """Solve with a Cholesky factor.
-
-    Args:
-      lower: the factor, (m, m).
-      rhs: (m, k).
-
-    Returns:
-      (lower lower^T)^{-1} rhs, (m, k).
-    """
+    """(lower lower^T)^{-1} rhs, for a factor (m, m) and rhs (m, k)."""
     return _solve_transposed(lower, _solve_lower(lower, rhs))
 
 
@@ -119,18 +94,11 @@ def _solve_transposed(lower: jax.Array, rhs: jax.Array) -> jax.Array:
 
 
 def cholesky_with_rcond(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cholesky factor and the condition estimate of the module's docstring.
-
-    Args:
-      matrix: symmetric, (m, m); only its lower triangle is read.
-
-    Returns:
-      The lower factor, NaN where it does not exist, and the estimate, then NaN as well.
-    """
+    """Cholesky factor and the condition estimate of the module's docstring, then NaN as well."""
     lower = cholesky(matrix)
     diagonal, dtype = jnp.diagonal(matrix), jnp.finfo(matrix.dtype)
     pivots = jnp.square(jnp.diagonal(lower)) / diagonal
-    # Smaller, and products that count were flushed to zero; larger, and the solution of a
+    # Below this range products that count were flushed to zero; above it the solution of a
     # right-hand side of size one is.
     in_range = (diagonal >= dtype.tiny / dtype.eps) & (diagonal <= dtype.eps / dtype.tiny)
     pivots = jnp.where(in_range | jnp.isnan(pivots), pivots, jnp.zeros_like(pivots))

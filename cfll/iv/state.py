@@ -1,0 +1,138 @@
+"""Networks, IVBatch, IVState, IVMethod: what two-stage methods are made of, and checks of it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cfll.networks import Backbone
+from cfll.rules import ClosedFormState
+
+
+class Networks(NamedTuple):
+    r"""The backbones of the two stages.
+
+    Attributes:
+      treatment: :math:`\psi`, features of the treatment x.
+      instrument: :math:`\phi`, features of the instrument z.
+      covariate: :math:`\xi`, features of the observed covariates c, or ``None``.
+    """
+
+    treatment: Backbone
+    instrument: Backbone
+    covariate: Backbone | None = None
+
+
+class IVBatch(NamedTuple):
+    """Samples, all with the same leading axis. Stage 1 needs no outcome, stage 2 no treatment.
+
+    Attributes:
+      instrument: z, (n, ...).
+      treatment: x, (n, ...), or ``None``.
+      outcome: y, (n, o), floats, or ``None``.
+      covariate: c, (n, ...), or ``None``. If the instrument is only valid given c, c is part of
+        the instrument, too.
+    """
+
+    instrument: Any
+    treatment: Any = None
+    outcome: Any = None
+    covariate: Any = None
+
+
+class NetState(NamedTuple):
+    """One network during training.
+
+    Attributes:
+      params: its parameters.
+      stats: its running statistics, or ``None``.
+      opt_state: the state of its optimizer.
+    """
+
+    params: Any
+    stats: Any
+    opt_state: Any
+
+
+class IVState(NamedTuple):
+    """All that training changes; one pytree, so it checkpoints.
+
+    Attributes:
+      treatment: of the treatment network (with covariates, of the pair of both networks).
+      instrument: of the instrument network.
+      stage1: a `cfll.ClosedFormState`: W is ``stage1.anchor``, from instrument features to
+        treatment features; ``stage1.info`` says how it was solved last and how often it was not
+        finite and therefore not used. A batch with NaN moves the networks all the same: protect
+        them with ``optax.apply_if_finite``.
+      stage2: the same of w, from treatment features (with covariates: products) to outcomes.
+    """
+
+    treatment: NetState
+    instrument: NetState
+    stage1: ClosedFormState
+    stage2: ClosedFormState
+
+
+class IVMethod(NamedTuple):
+    """A method as pure functions over an `IVState`. Losses are means over samples.
+
+    Attributes:
+      init: ``init(batch) -> state``; the batch (all four fields that are used) sets the shapes.
+      stage1: ``stage1(state, batch1) -> (state, loss)``, one update of instrument network and W.
+      stage2: ``stage2(state, batch1, batch2) -> (state, loss)``, one update of the treatment
+        network and w; W is solved on ``batch1``, the outcome predicted on ``batch2``.
+      round: ``round(state, batch1, batch2) -> (state, (loss1, loss2))``, T_1 updates of stage 1 and
+        T_2 of stage 2 on the same two batches; the losses are those before the last update.
+    """
+
+    init: Callable[[IVBatch], IVState]
+    stage1: Callable[[IVState, IVBatch], tuple[IVState, jax.Array]]
+    stage2: Callable[[IVState, IVBatch, IVBatch], tuple[IVState, jax.Array]]
+    round: Callable[[IVState, IVBatch, IVBatch], tuple[IVState, tuple[jax.Array, jax.Array]]]
+
+
+def features_shape(backbone: Backbone, inputs: Any, name: str) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a backbone's features."""
+    if inputs is None:
+        raise ValueError(f"the batch has no {name}: write IVBatch(..., {name}=...).")
+    features, _ = jax.eval_shape(
+        partial(backbone.apply, train=False), backbone.params, backbone.stats, inputs
+    )
+    if len(features.shape) != 2:
+        raise ValueError(
+            f"the {name} network returned features of shape {features.shape}; expected (n, d): "
+            "one row per sample."
+        )
+    return features
+
+
+def outcome_of(batch: IVBatch) -> jax.Array:
+    """The outcomes of a batch, (n, o)."""
+    if batch.outcome is None:
+        raise ValueError(
+            "stage 2 needs outcomes: write IVBatch(..., outcome=y), y of shape (n, o)."
+        )
+    outcome = jnp.asarray(batch.outcome)
+    if outcome.ndim != 2:
+        raise ValueError(f"outcome has shape {outcome.shape}; expected (n, o): write y[:, None].")
+    return outcome
+
+
+def products(treatment: jax.Array, covariate: jax.Array) -> jax.Array:
+    """(psi, 1) x (xi, 1) without the last product, 1: that one is the bias."""
+    pairs = treatment[:, :, None] * covariate[:, None, :]
+    return jnp.concatenate([pairs.reshape(len(treatment), -1), treatment, covariate], axis=1)
+
+
+def instrument_features(networks: Networks, state: IVState, instrument: Any) -> jax.Array:
+    """phi(z), (n, d), evaluated."""
+    net, inputs = state.instrument, instrument
+    return networks.instrument.apply(net.params, net.stats, inputs, train=False)[0]
+
+
+def treatment_features(networks: Networks, state: IVState, treatment: Any) -> jax.Array:
+    """psi(x), (n, d), evaluated."""
+    net, inputs = state.treatment, treatment
+    return networks.treatment.apply(net.params[0], net.stats[0], inputs, train=False)[0]

@@ -1,0 +1,18 @@
+"""Rules: how the next head follows. One rule, one file; `rule` has what they share."""
+
+from cfll.rules.every import every
+from cfll.rules.prox import prox
+from cfll.rules.ridge import averaged_ridge, ridge
+from cfll.rules.rule import ClosedFormState, HeadInfo, PenaltyState, Rule, Solution
+
+__all__ = [
+    "ClosedFormState",
+    "HeadInfo",
+    "PenaltyState",
+    "Rule",
+    "Solution",
+    "averaged_ridge",
+    "every",
+    "prox",
+    "ridge",
+]

@@ -1,0 +1,44 @@
+"""every: solve at every k-th update only."""
+
+from functools import wraps
+
+import jax
+import jax.numpy as jnp
+
+from cfll.rules.rule import Rule, Solution
+
+
+def every(update_interval: int, rule: Rule) -> Rule:
+    """Solve by a rule at every k-th update, the first among them; keep the head in between.
+
+    Where the solve is what a step costs. It is inside a `jax.lax.cond`; the features are computed
+    in every update. In between ``state.info.solve`` shows the last solve.
+
+    Args:
+      update_interval: k, a whole number of updates.
+      rule: any `cfll.Rule`.
+
+    Returns:
+      A `cfll.Rule`.
+
+    Raises:
+      ValueError: if the interval is not a positive whole number.
+
+    Examples:
+      >>> import cfll
+      >>> rule = every(4, cfll.prox(lam=10.0))
+    """
+    if not (type(update_interval) is int and update_interval > 0):
+        raise ValueError(f"update_interval is {update_interval!r}; write a whole number, e.g. 4.")
+
+    @wraps(rule.solve)  # so that its keywords are known
+    def solve(features, targets, state, **keywords):
+        kept = Solution(state.anchor, state.rule_state, state.info.solve)
+
+        def solved() -> Solution:
+            new = rule.solve(features, targets, state, **keywords)
+            return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), new, kept)
+
+        return jax.lax.cond(state.count % update_interval == 0, solved, lambda: kept)
+
+    return rule._replace(solve=solve)

@@ -1,0 +1,92 @@
+r"""The solution of a problem as a differentiable function, whatever solver found it.
+
+No factorization is differentiated. x solves A x = Phi~^T S rho. With the residual r = rho - Phi~ x
+these are two equations, linear in the unknowns r and x,
+
+.. math::
+    r + \tilde\Phi x = \rho, \qquad \tilde\Phi^\top S r - \mathrm{diag}(\Lambda, \mu) x = 0.
+
+Differentiating them at fixed r and x gives right-hand sides (c, -g) for (dr, dx) in the same
+system, which is solved by A dx = Phi~^T S c + g with the factor at hand. Transposed, with
+right-hand sides (c, h), it is solved by A x = Phi~^T c - h. `jax.lax.custom_linear_solve` knows the
+system besides these two solutions: so it can be transposed (reverse mode) and differentiated again
+(higher orders), while the factor stays a constant. No root of a weight appears, whose derivative
+would be infinite at zero.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cfll.heads import LinearHead
+from cfll.solve.problem import Problem, add, split_head, stack_head
+from cfll.solve.route import SolveInfo, Solver
+
+
+def solve_correction(
+    solver: Solver, problem: Problem, residual: jax.Array, anchor: LinearHead | None
+) -> tuple[LinearHead, SolveInfo]:
+    """The correction of the anchor for residuals (n, o), differentiable by problem and residual."""
+    fixed = jax.lax.stop_gradient((problem, residual, anchor))
+    factor = solver.factorize(*fixed[:2])
+    x, info = solver.correct(factor, *fixed)
+    return _differentiable(solver, factor, x, problem, residual), info.as_arrays()
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiable(
+    solver: Solver, factor: Any, x: LinearHead, problem: Problem, residual: jax.Array
+) -> LinearHead:
+    del solver, factor, problem, residual
+    return x
+
+
+@_differentiable.defjvp
+def _differentiable_jvp(solver, primals, tangents):
+    factor, _, problem, residual = primals
+    x = _differentiable(solver, *primals)
+    r = residual - x(problem.features)
+
+    def equations(problem: Problem, residual: jax.Array) -> tuple[jax.Array, LinearHead]:
+        normal = jax.tree.map(jnp.subtract, problem.adjoint(r), problem.penalize(x))
+        return residual - x(problem.features), normal
+
+    _, (rows, head) = jax.jvp(equations, (problem, residual), tangents[2:])
+    return x, _solve_linear(solver, factor, problem, rows, head)
+
+
+def _solve_linear(
+    solver: Solver, factor: Any, problem: Problem, rows: jax.Array, head: LinearHead
+) -> LinearHead:
+    """The solution x of A x = Phi~^T S rows + head, linear in rows and head."""
+    n, fixed = len(rows), jax.lax.stop_gradient(problem)
+
+    # One array of unknowns, r over kernel over bias: JAX transposes a linear solve only if all of
+    # its right-hand sides are linear in the input, and some of these may be constants.
+    def split(unknowns: jax.Array) -> tuple[jax.Array, LinearHead]:
+        return unknowns[:n], split_head(unknowns[n:], problem.has_bias)
+
+    def join(rows: jax.Array, head: LinearHead) -> jax.Array:
+        return jnp.concatenate([rows, stack_head(head)])
+
+    def matvec(unknowns: jax.Array) -> jax.Array:
+        r, x = split(unknowns)
+        normal = jax.tree.map(jnp.subtract, problem.adjoint(r), problem.penalize(x))
+        return join(r + x(problem.features), normal)
+
+    def solve(_: Any, right_hand_side: jax.Array) -> jax.Array:
+        rows, negative = split(right_hand_side)
+        _, x = solver.apply_inverse(factor, fixed, rows, jax.tree.map(jnp.negative, negative))
+        return join(rows - x(fixed.features), x)
+
+    def transpose_solve(_: Any, right_hand_side: jax.Array) -> jax.Array:
+        rows, negative = split(right_hand_side)
+        head = add(fixed.transposed(rows), jax.tree.map(jnp.negative, negative))
+        left, x = solver.apply_inverse(factor, fixed, None, head)
+        return join(rows + left, x)
+
+    right_hand_side = join(rows, jax.tree.map(jnp.negative, head))
+    solution = jax.lax.custom_linear_solve(matvec, right_hand_side, solve, transpose_solve)
+    return split(solution)[1]

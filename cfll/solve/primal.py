@@ -1,0 +1,69 @@
+"""primal: Cholesky of the normal equations, of size d + 1.
+
+The ones column of the features is never built: their Gram matrix is bordered with their sums.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cfll.heads import LinearHead
+from cfll.solve.cholesky import cho_solve, cholesky_with_rcond, lower_gram
+from cfll.solve.problem import Problem, add, bordered_gram, split_head, stack_head
+from cfll.solve.refine import refine, step_limit
+from cfll.solve.route import Route, SolveInfo
+
+
+class NormalEquations(NamedTuple):
+    """The factor of A, (d + 1, d + 1), and the right-hand side Phi~^T S residual."""
+
+    # The right-hand side is here so that devices sum it together with the Gram matrix.
+    lower: jax.Array
+    rcond: jax.Array
+    right_hand_side: LinearHead
+
+
+@dataclass(frozen=True)
+class Primal:
+    """The solver of the module's docstring."""
+
+    def factorize(self, problem: Problem, residual: jax.Array) -> NormalEquations:
+        features = problem.features
+        weighted = problem.weigh(features)
+        matrix = bordered_gram(
+            lower_gram(features, weighted),
+            jnp.sum(weighted, axis=0),
+            problem.total(),
+            problem.penalty,
+            problem.bias_penalty,
+        )
+        return NormalEquations(*cholesky_with_rcond(matrix), problem.adjoint(residual))
+
+    def correct(
+        self,
+        factor: NormalEquations,
+        problem: Problem,
+        residual: jax.Array,
+        anchor: LinearHead | None,
+    ) -> tuple[LinearHead, SolveInfo]:
+        solve = partial(cho_solve, factor.lower)
+        x = solve(stack_head(factor.right_hand_side))
+
+        def residual_of(x: jax.Array, residual: jax.Array) -> jax.Array:
+            return stack_head(problem.normal_residual(split_head(x, problem.has_bias), residual))
+
+        rows = None if anchor is None else stack_head(anchor)
+        limit = step_limit(factor.rcond, x, rows)
+        x = refine(solve, residual_of, x, residual, limit, rows)
+        return split_head(x, problem.has_bias), SolveInfo(Route.PRIMAL, factor.rcond)
+
+    def apply_inverse(
+        self, factor: NormalEquations, problem: Problem, rows: jax.Array | None, head: LinearHead
+    ) -> tuple[jax.Array, LinearHead]:
+        if rows is not None:
+            head = add(head, problem.adjoint(rows))
+        x = split_head(cho_solve(factor.lower, stack_head(head)), problem.has_bias)
+        return problem.left_of(rows, x), x

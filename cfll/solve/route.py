@@ -1,0 +1,76 @@
+"""Route, SolveInfo: how a head was solved. Solver: what every way of solving offers."""
+
+from enum import IntEnum
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cfll.heads import LinearHead
+from cfll.solve.problem import Problem
+
+
+class Route(IntEnum):
+    """The ways to a head; ``print(cfll.Route(info.route))`` says which one was taken."""
+
+    PRIMAL = 0  # Cholesky of the normal equations, of size d + 1
+    DUAL = 1  # Cholesky of the kernel matrix, of size n
+    QR = 2  # QR of the stacked features, after "auto": singular to working precision
+    EIGH = 3  # eigenvectors of sums that are singular to working precision
+    GIVEN = 4  # not solved here: the caller brought a head
+    CG = 5  # conjugate gradients
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class SolveInfo(NamedTuple):
+    """How a head was solved.
+
+    Attributes:
+      route: int32 scalar, a `Route`.
+      rcond: float32 scalar, estimate of the reciprocal condition number of the penalized system
+        scaled to unit diagonal, as seen by rounding: a solve without refinement errs by about
+        1e-7 / rcond in float32, and below 1e-5 the system is close to singular. NaN if Cholesky
+        failed, 1 where there was none.
+      iterations: int32 scalar, of ``cg``; 0 for the others.
+      residual: float32 scalar, what ``cg`` left of the residual at the anchor, the worst output, in
+        the norm of the preconditioner; 0 for the others. Above the tolerance: it was not finished.
+
+    Examples:
+      >>> print(Route(SolveInfo(route=0, rcond=0.5).route))
+      primal
+    """
+
+    route: Any
+    rcond: Any
+    iterations: Any = np.int32(0)
+    residual: Any = np.float32(0)
+
+    def as_arrays(self) -> "SolveInfo":
+        """The same in the dtypes of the attributes."""
+        dtypes = (jnp.int32, jnp.float32, jnp.int32, jnp.float32)
+        return SolveInfo(*(jnp.asarray(x, t) for x, t in zip(self, dtypes, strict=True)))
+
+
+class Solver(Protocol):
+    """One way to solve a `Problem`; hashable. A new one is one file with these three methods."""
+
+    def factorize(self, problem: Problem, residual: jax.Array) -> Any:
+        """What solving takes, in a type of the solver's own; residual (n, o)."""
+
+    def correct(
+        self, factor: Any, problem: Problem, residual: jax.Array, anchor: LinearHead | None
+    ) -> tuple[LinearHead, SolveInfo]:
+        """The solution x of A x = Phi~^T S residual, as exact as anchor + x needs it."""
+        ...
+
+    def apply_inverse(
+        self, factor: Any, problem: Problem, rows: jax.Array | None, head: LinearHead
+    ) -> tuple[jax.Array, LinearHead]:
+        """S (rows - Phi~ x) and the solution x of A x = Phi~^T S rows + head, for derivatives.
+
+        Rows are (n, o), or None for zeros. Linear in both; not refined.
+        """
+        ...
