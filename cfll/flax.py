@@ -99,27 +99,8 @@ class TrainState(train_state.TrainState):
 class Optimizer(nnx.Optimizer):
     """``nnx.Optimizer`` whose ``update`` refuses keywords that no transformation takes.
 
-    The plain one works as well, but loses a misspelled keyword without a word.
-
-    Examples:
-      >>> import cfll, jax.numpy as jnp, optax
-      >>> class Net(nnx.Module):
-      ...     def __init__(self, rngs):
-      ...         self.hidden = nnx.Linear(3, 8, rngs=rngs)
-      ...         self.head = nnx.Linear(8, 1, rngs=rngs)
-      ...     def features(self, x):
-      ...         return nnx.tanh(self.hidden(x))
-      >>> x, y, net, rule = jnp.ones((4, 3)), jnp.ones((4, 1)), Net(nnx.Rngs(0)), cfll.prox(lam=1.0)
-      >>> optimizer = Optimizer(net, cfll.closed_form(optax.sgd(0.1), rule), wrt=nnx.Param)
-      >>> @nnx.jit
-      ... def train_step(net, optimizer, x, y):
-      ...     head = cfll.get_state(optimizer)
-      ...     def loss_fn(net):
-      ...         return rule.loss(net.features(x), y, head)
-      ...     (loss, solution), grads = nnx.value_and_grad(loss_fn, has_aux=True)(net)
-      ...     optimizer.update(net, grads, solution=solution)
-      ...     return loss
-      >>> loss = train_step(net, optimizer, x, y)
+    The plain one works as well, but loses a misspelled keyword without a word. A train step is in
+    the README: ``optimizer.update(model, grads, solution=solution)``.
     """
 
     def update(self, model: Any, grads: Any, /, **kwargs: Any) -> None:  # type: ignore[override]

@@ -20,8 +20,7 @@ def prox(lam: Penalty, *, penalize_bias: bool = True, solver: str | CG = "auto")
     Args:
       lam: the proximal coefficient, multiplying a *sum* over samples: scalar, (d,) or (d, d), or an
         Optax schedule of the number of updates.
-      penalize_bias: as in `cfll.prox_solve`.
-      solver: as in `cfll.prox_solve`.
+      penalize_bias, solver: as in `cfll.prox_solve`.
 
     Returns:
       A `cfll.Rule`.

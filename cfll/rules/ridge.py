@@ -21,8 +21,7 @@ def ridge(beta: Penalty, *, penalize_bias: bool = True, solver: str | CG = "auto
 
     Args:
       beta: the penalty, multiplying a *sum* over samples: scalar, (d,) or (d, d), or a schedule.
-      penalize_bias: as in `cfll.ridge_solve`.
-      solver: as in `cfll.ridge_solve`.
+      penalize_bias, solver: as in `cfll.ridge_solve`.
 
     Returns:
       A `cfll.Rule`.
@@ -49,8 +48,7 @@ def averaged_ridge(
     Args:
       beta: the penalty, multiplying a *sum* over samples: scalar, (d,) or (d, d), or a schedule.
       decay: mu, in [0, 1); 0 is `ridge`.
-      penalize_bias: as in `cfll.ridge_solve`.
-      solver: as in `cfll.ridge_solve`.
+      penalize_bias, solver: as in `cfll.ridge_solve`.
 
     Returns:
       A `cfll.Rule`.

@@ -19,18 +19,14 @@ from cfll.solve.route import Route, SolveInfo
 class CG:
     """Conjugate gradients, preconditioned by the diagonal, started at the anchor.
 
-    Pass it as ``solver``: for many features *and* many samples, where neither the Gram matrix nor
-    the kernel matrix is small. An iteration costs two products with the features. What is left
-    undone is in `cfll.SolveInfo`: ``iterations`` and ``residual``.
+    The ``solver`` for many features *and* many samples, where neither the Gram matrix nor the
+    kernel matrix is small. An iteration costs two products with the features.
+    `cfll.SolveInfo` says what is left undone.
 
     Attributes:
       tolerance: stop when every output's residual, relative to the one at the anchor, in the norm
-        of the preconditioner, is at most this. The next batch moves the head anyway: 1e-3 is
-        enough for training.
+        of the preconditioner, is at most this; 1e-3 is enough for training.
       max_iterations: stop in any case.
-
-    Raises:
-      ValueError: if these never let it start.
 
     Examples:
       >>> import jax, jax.numpy as jnp, cfll

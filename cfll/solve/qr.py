@@ -9,7 +9,7 @@ weight: such a direction gets no correction, as in exact arithmetic. One step of
 for residuals larger than the targets.
 
 Q, as large as the features, is never kept: R and Q^T rho are updated block by block of the rows.
-"auto" sets this solver's memory aside in every step, which so is that of one block.
+"auto" sets the memory of this solver aside in every step, taken or not: with blocks it is small.
 """
 
 from collections.abc import Callable
