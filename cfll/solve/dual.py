@@ -28,6 +28,9 @@ class KernelMatrix(NamedTuple):
 
     lower: jax.Array  # (n, n)
     rcond: jax.Array  # ()
+    # Alpha is about lam / |features|^2 of the residual, and must not vanish: solve in units in which
+    # the residual is one.
+    unit: jax.Array  # (1, o)
     penalty_lower: jax.Array | None  # (d, d), of a matrix Lambda
     column: jax.Array | None  # C^{-1} s, (n, 1); None without a bias
     schur: jax.Array | None  # mu + s^T C^{-1} s, ()
@@ -38,8 +41,8 @@ class Dual:
     """The solver of the module's docstring."""
 
     def factorize(self, problem: Problem, residual: jax.Array) -> KernelMatrix:
-        del residual
         z, s = problem.root_weighted()
+        unit = power_of_two_above(residual)
         penalty_lower = cholesky(problem.penalty) if problem.penalty.ndim == 2 else None
         if problem.penalty.ndim == 0:
             kernel = dot(z, z.T) / problem.penalty  # n^2 divisions instead of n d
@@ -47,20 +50,18 @@ class Dual:
             kernel = dot(z, _unpenalize(problem, penalty_lower, z.T))
         lower, rcond = cholesky_with_rcond(kernel + jnp.eye(z.shape[0], dtype=z.dtype))
         if problem.bias_penalty is None:
-            return KernelMatrix(lower, rcond, penalty_lower, None, None)
+            return KernelMatrix(lower, rcond, unit, penalty_lower, None, None)
         # A free bias without a sample that counts is the one singularity that C does not show.
         determined = problem.bias_penalty + problem.total() > 0
         rcond = jnp.where(determined, rcond, jnp.full((), jnp.nan, rcond.dtype))
         column = cho_solve(lower, s)
         schur = problem.bias_penalty + jnp.sum(s * column)
-        return KernelMatrix(lower, rcond, penalty_lower, column, schur)
+        return KernelMatrix(lower, rcond, unit, penalty_lower, column, schur)
 
     def correct(
         self, factor: KernelMatrix, problem: Problem, residual: jax.Array, anchor: LinearHead | None
     ) -> tuple[LinearHead, SolveInfo]:
-        # Alpha is about lam / |features|^2 of the residual, and must not vanish: solve in units in
-        # which the residual is one.
-        unit = power_of_two_above(residual)
+        unit = factor.unit
         residual = residual / unit
         z, s = problem.root_weighted()
         n, has_bias = len(z), problem.has_bias
