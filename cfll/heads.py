@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
-HeadPath = str | tuple[str | int, ...]
+HeadPath = str | int | tuple[str | int, ...]
 
 # What the leaves of a dense layer are called: flax, equinox (which stores (o, d)), haiku.
 _KERNELS = ("kernel", "weight", "w")
@@ -90,37 +90,36 @@ def get_head(params: Any, head: HeadPath) -> LinearHead:
       >>> get_head(params, "decoder/head").kernel.shape
       (3, 2)
     """
-    path, shown = split_path(head), repr("/".join(split_path(head)))
-    leaves = {}
+    path, leaves = join_path(head), {}
     for keys, leaf in tree_flatten_with_path(params)[0]:
-        names = _names(keys)
-        if names[: len(path)] == path:
-            leaves[names[len(path) :]] = leaf
-
-    kernels = [name for name in _KERNELS if (name,) in leaves]
-    biases = [name for name in _BIASES if (name,) in leaves]
-    known = {(name,) for name in kernels + biases}
-    if len(kernels) != 1 or len(biases) > 1 or known != set(leaves):
+        name = _name_below(path, keys)
+        if name is not None:
+            leaves[name] = leaf
+    kernels = [name for name in _KERNELS if name in leaves]
+    biases = [name for name in _BIASES if name in leaves]
+    if len(kernels) != 1 or len(biases) > 1 or {*kernels, *biases} != set(leaves):
         raise ValueError(_not_found(params, path, leaves))
 
-    kernel = leaves[(kernels[0],)]
-    shape = kernel.shape
-    if kernels[0] in _TRANSPOSED:
-        kernel = kernel.T if len(shape) == 2 else kernel
-    elif len(shape) > 2 and all(size == 1 for size in shape[:-2]):
-        kernel = kernel.reshape(shape[-2:])  # a pointwise convolution is a dense layer
-    if len(kernel.shape) != 2:
+    kernel, bias = leaves[kernels[0]], leaves[biases[0]] if biases else None
+    transposed, shape = kernels[0] in _TRANSPOSED, kernel.shape
+    # A pointwise convolution is a dense layer: (1, ..., d, o) in flax, (o, d, 1, ...) in equinox.
+    inner, window = (shape[:2], shape[2:]) if transposed else (shape[-2:], shape[:-2])
+    if len(shape) < 2 or any(size != 1 for size in window):
         raise ValueError(
-            f"the head at {shown} has a {kernels[0]} of shape {shape}; a closed form "
+            f"the head at {path!r} has a {kernels[0]} of shape {shape}; a closed form "
             "needs one of shape (d, o), as flax.linen.Dense or a pointwise convolution has. "
             "Flatten the features before the head, or vmap the transformation over stacked heads."
         )
-    bias = leaves[(biases[0],)] if biases else None
-    if bias is not None and bias.shape != kernel.shape[1:]:
-        raise ValueError(
-            f"the head at {shown} has a {biases[0]} of shape {bias.shape}, but its "
-            f"kernel has {kernel.shape[1]} outputs: the bias must have shape ({kernel.shape[1]},)."
-        )
+    kernel = kernel.reshape(inner) if window else kernel
+    kernel = kernel.T if transposed else kernel
+    o = kernel.shape[1]
+    if bias is not None and bias.shape != (o,):
+        if bias.shape != (o, *window):
+            raise ValueError(
+                f"the head at {path!r} has a {biases[0]} of shape {bias.shape}, but its kernel has "
+                f"{o} outputs: the bias must have shape ({o},)."
+            )
+        bias = bias.reshape(o)
     return LinearHead(kernel, bias)
 
 
@@ -146,7 +145,7 @@ def set_head(params: Any, head: HeadPath, value: LinearHead) -> Any:
       0.0
     """
     check_same_head(get_head(params, head), value, f"the head to write at {head!r}")
-    path = split_path(head)
+    path = join_path(head)
 
     def replace(keys, leaf):
         role = _role(keys, path)
@@ -162,7 +161,7 @@ def set_head(params: Any, head: HeadPath, value: LinearHead) -> Any:
 
 def backbone_mask(params: Any, head: HeadPath) -> Any:
     """A tree of booleans like ``params``: ``True`` on the backbone, ``False`` on the head."""
-    path = split_path(head)
+    path = join_path(head)
     return tree_map_with_path(lambda keys, _: _role(keys, path) is None, params)
 
 
@@ -195,55 +194,67 @@ def check_same_head(expected: LinearHead, given: LinearHead, name: str) -> None:
     raise ValueError(f"{name} has shapes {have}, expected {want} = kernel (d, o) and bias (o,).")
 
 
-def split_path(head: HeadPath) -> tuple[str, ...]:
-    """The names on the way to a head; none for ``""``, the root of the tree."""
-    parts = head.split("/") if isinstance(head, str) else head
-    return tuple(str(part) for part in parts if str(part))
+def join_path(head: HeadPath) -> str:
+    """The address of a head as one string; ``""`` is the root of the tree."""
+    if isinstance(head, str):
+        head = tuple(head.split("/"))
+    parts = (head,) if isinstance(head, int) else head
+    if not isinstance(parts, tuple | list):
+        raise TypeError(
+            f"head is a {type(head).__name__}: write the path of the dense layer in the parameters,"
+            " 'head', 'decoder/head' or ('decoder', 'head')."
+        )
+    return "/".join(str(part) for part in parts if str(part))
 
 
-def _names(keys: tuple[Any, ...]) -> tuple[str, ...]:
-    names = tuple(keystr((key,), simple=True) for key in keys)
+def _names(keys: tuple[Any, ...]) -> list[str]:
+    names = [keystr((key,), simple=True) for key in keys]
     # nnx.Variable and flax.linen.Partitioned box a leaf in an attribute of that name.
     return names[:-1] if names and names[-1] == "value" else names
 
 
-def _role(keys: tuple[Any, ...], path: tuple[str, ...]) -> str | None:
+def _name_below(path: str, keys: tuple[Any, ...]) -> str | None:
+    """The rest of a leaf's path below another; None if it is not there. Names may hold slashes."""
+    full = "/".join(_names(keys))
+    if not path:
+        return full
+    return full[len(path) + 1 :] if full.startswith(path + "/") else None
+
+
+def _role(keys: tuple[Any, ...], path: str) -> str | None:
     """The leaf's name if it belongs to the head at ``path``, else None."""
-    names = _names(keys)
-    inside = names[:-1] == path and names[-1:] and names[-1] in _KERNELS + _BIASES
-    return names[-1] if inside else None
+    name = _name_below(path, keys)
+    return name if name in _KERNELS + _BIASES else None
 
 
 def find_heads(params: Any, like: LinearHead) -> list[str]:
     """The paths of the dense layers that have the shapes of this head."""
-    shapes = jax.tree.map(jnp.shape, like)
-    found = []
+    shapes, found = jax.tree.map(jnp.shape, like), []
     for path in _dense_layers(params):
         try:
             same = jax.tree.map(jnp.shape, get_head(params, path)) == shapes
         except ValueError:  # it looks like a dense layer and is none
             continue
-        found += ["/".join(path)] if same else []
+        found += [path] if same else []
     return found
 
 
-def _dense_layers(params: Any) -> list[tuple[str, ...]]:
+def _dense_layers(params: Any) -> list[str]:
     """Where a kernel is."""
     leaves = [(_names(keys), leaf) for keys, leaf in tree_flatten_with_path(params)[0]]
-    return [
-        names[:-1]
+    return sorted(
+        "/".join(names[:-1])
         for names, leaf in leaves
         if names and names[-1] in _KERNELS and getattr(leaf, "ndim", 0) >= 2
-    ]
-
-
-def _not_found(params: Any, path: tuple[str, ...], leaves: dict[tuple[str, ...], Any]) -> str:
-    dense = sorted(map("/".join, _dense_layers(params)))
-    there = sorted("/".join(name) for name in leaves) or "nothing"
-    message = (
-        f"no dense layer at head={'/'.join(path)!r}: expected a kernel and at most a bias directly "
-        f"below it, found {there}. Dense-like layers in this tree: {dense or 'none'}."
     )
-    if path[:1] != ("params",) and any(name.startswith("params/") for name in dense):
+
+
+def _not_found(params: Any, path: str, leaves: dict[str, Any]) -> str:
+    dense = _dense_layers(params)
+    message = (
+        f"no dense layer at head={path!r}: expected a kernel and at most a bias directly below it, "
+        f"found {sorted(leaves) or 'nothing'}. Dense-like layers in this tree: {dense or 'none'}."
+    )
+    if not path.startswith("params") and any(name.startswith("params/") for name in dense):
         message += " Pass variables['params'] rather than all variables."
     return message

@@ -122,6 +122,14 @@ def nan_where_negative(array: jax.Array) -> jax.Array:
     return jnp.where(array >= 0, array, jnp.full((), jnp.nan, array.dtype))
 
 
+def varying_like(tree: Any, *references: jax.Array) -> Any:
+    """Typed as varying over the axes of a ``shard_map`` as the references are: carries of loops."""
+    if not any(jax.typeof(array).sharding.mesh.manual_axes for array in references):
+        return tree
+    touched = jnp.concatenate([array.reshape(-1)[:1] for array in references]).sum()
+    return jax.tree.map(lambda leaf: jnp.where(False, touched.astype(leaf.dtype), leaf), tree)
+
+
 def let_xla_shard(run: Callable[..., Any], features: Any, out_specs: Any) -> Callable[..., Any]:
     """Run a function of the samples with automatic axes, where their mesh has explicit ones.
 

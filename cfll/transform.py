@@ -82,7 +82,7 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
             f"rule is a {type(rule).__name__}; write closed_form_head(cfll.prox(lam=10.0), "
             f"head={head!r})."
         )
-    path = "/".join(heads.split_path(head))
+    path = heads.join_path(head)
 
     def init(params: Any) -> ClosedFormState:
         if _is_placeholder(params):  # optax.tree.map_params asks which fields are parameters: none
@@ -211,7 +211,7 @@ def get_state(opt_state: Any, head: HeadPath | None = None) -> ClosedFormState:
 
     leaves = jax.tree.leaves(getattr(opt_state, "opt_state", opt_state), is_leaf=is_state)
     found = {next(iter(leaf.path)): leaf for leaf in leaves if is_state(leaf)}
-    wanted = list(found) if head is None else ["/".join(heads.split_path(head))]
+    wanted = list(found) if head is None else [heads.join_path(head)]
     if len(wanted) != 1 or wanted[0] not in found:
         which = f"at {wanted[0]!r}" if head is not None else "to be told apart without head="
         raise ValueError(

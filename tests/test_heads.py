@@ -1,5 +1,6 @@
 """Heads by path: every container keeps its type, errors contain the fix."""
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -89,3 +90,29 @@ def test_a_head_of_another_shape_is_refused():
         cfll.set_head(PARAMS, "decoder/head", cfll.LinearHead.zeros(4, 3))
     with pytest.raises(ValueError, match="use_bias=True"):
         cfll.set_head(PARAMS, "decoder/head", cfll.LinearHead.zeros(4, 2, use_bias=False))
+
+
+@pytest.mark.parametrize(
+    ("params", "path"),
+    [
+        ({"mlp/~/linear_1": {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}}, "mlp/~/linear_1"),
+        ({"mlp/~/linear_1": {"w": jnp.ones((3, 2))}}, ("mlp/~/linear_1",)),
+        ([{"w": jnp.ones((3, 2))}], 0),
+        ({"layers": [{"w": jnp.ones((3, 2))}]}, "layers/0"),
+        ({"head": {"weight": jnp.ones((2, 3, 1, 1)), "bias": jnp.ones((2, 1, 1))}}, "head"),
+        ({"head": {"kernel": jnp.ones((1, 1, 3, 2)), "bias": jnp.ones(2)}}, "head"),
+    ],
+)
+def test_paths_of_other_libraries(params, path):
+    head = cfll.get_head(params, path)
+    assert head.kernel.shape == (3, 2)
+    new = cfll.LinearHead(2 * head.kernel, None if head.bias is None else 3 * head.bias)
+    written = cfll.set_head(params, path, new)
+    chex.assert_trees_all_equal_shapes(written, params)
+    chex.assert_trees_all_equal(cfll.get_head(written, path), new)
+    assert not any(jax.tree.leaves(backbone_mask(params, path)))
+
+
+def test_a_path_of_another_type_is_refused():
+    with pytest.raises(TypeError, match="head is a NoneType: write the path"):
+        cfll.get_head({"head": {"w": jnp.ones((3, 2))}}, None)

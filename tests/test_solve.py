@@ -597,3 +597,47 @@ def test_errors_name_argument_shape_and_fix(call, error, words):
         jax.jit(call)()
     for word in words:
         assert word in str(caught.value)
+
+
+# Where strangers call it --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e18, 2e18, 2e19])
+@pytest.mark.parametrize("solver", ["primal", "dual", cfll.CG(tolerance=1e-3)])
+def test_features_that_overflow_are_never_zeros_that_look_solved(solver, scale):
+    features = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    targets = features @ np.ones((4, 1), np.float32)
+    features = features * np.float32(scale)
+    head, _ = cfll.penalized_solve(features, targets, None, 1.0, use_bias=False, solver=solver)
+    scaled = np.asarray(head.kernel) * np.float32(scale)
+    assert np.isnan(scaled).any() or relative_error(scaled, np.ones((4, 1))) < 1e-2
+
+
+def test_a_healthy_step_passes_under_debug_nans():
+    features = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
+    twice = np.concatenate([features, features], axis=1)
+    with jax.debug_nans(True):
+        head, info = cfll.penalized_solve(twice, features[:, :1], None, 1e-9)
+    assert cfll.Route(info.route) is cfll.Route.QR
+    assert float(info.rcond) == 0
+    np.testing.assert_allclose(head(twice), features[:, :1], atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, cfll.CG(tolerance=1e-6)])
+@pytest.mark.parametrize(("n", "d"), [(32, 6), (4, 16), (600, 64)])
+def test_inside_shard_map(solver, n, d):
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal(size=(1, n, d)), jnp.float32)
+    targets, anchor = features[..., :2], cfll.LinearHead(jnp.ones((d, 2)), jnp.ones(2))
+
+    def one(features, targets, anchor):
+        head = cfll.prox_solve(features[0], targets[0], anchor, 1.0, solver=solver)
+        return jax.tree.map(lambda leaf: leaf[None], head)
+
+    specs = (jax.P("x"), jax.P("x"), jax.P())
+    mapped = jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=jax.P("x"))
+    expected = one(features, targets, anchor)
+    chex.assert_trees_all_close(
+        jax.jit(mapped)(features, targets, anchor), expected, rtol=1e-5, atol=1e-6
+    )

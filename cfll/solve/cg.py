@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cfll.heads import LinearHead
+from cfll.samples import varying_like
 from cfll.solve.problem import Problem, add, split_head, stack_head
 from cfll.solve.route import Route, SolveInfo
 
@@ -92,7 +93,9 @@ def conjugate_gradients(
     in columns that met a NaN, the number of iterations, and rhs - A x relative to rhs in the norm
     of the preconditioner, of the worst column; computed afresh, not the iteration's own.
     """
-    inverse = jnp.where(diagonal == 0, 0, 1 / jnp.where(diagonal == 0, 1, diagonal))[:, None]
+    # In units of its largest entry: what is squared below neither overflows nor vanishes.
+    unit = jnp.max(diagonal)
+    inverse = jnp.where(diagonal == 0, 0, unit / jnp.where(diagonal == 0, 1, diagonal))[:, None]
 
     def squared_norm(residual: jax.Array) -> jax.Array:
         return jnp.sum(residual * inverse * residual, axis=0, keepdims=True)
@@ -121,6 +124,7 @@ def conjugate_gradients(
         return count + 1, x, residual, inverse * residual + ratio * direction, new
 
     begin = (jnp.zeros((), jnp.int32), jnp.zeros_like(rhs), rhs, inverse * rhs, start)
+    begin = varying_like(begin, rhs, diagonal)
     count, x, _, _, squared = jax.lax.while_loop(unfinished, iterate, begin)
     # A comparison with NaN ends the loop as convergence does: tell them apart.
     sound = jnp.isfinite(squared + start) & jnp.all(jnp.isfinite(diagonal))

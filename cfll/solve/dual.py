@@ -28,8 +28,8 @@ class KernelMatrix(NamedTuple):
 
     lower: jax.Array  # (n, n)
     rcond: jax.Array  # ()
-    # Alpha is about lam / |features|^2 of the residual, and must not vanish: solve in units in which
-    # the residual is one.
+    # Alpha is about lam / |features|^2 of the residual, and must not vanish: solve in units of the
+    # residual.
     unit: jax.Array  # (1, o)
     penalty_lower: jax.Array | None  # (d, d), of a matrix Lambda
     column: jax.Array | None  # C^{-1} s, (n, 1); None without a bias

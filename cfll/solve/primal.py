@@ -50,7 +50,9 @@ class Primal:
         anchor: LinearHead | None,
     ) -> tuple[LinearHead, SolveInfo]:
         solve = partial(cho_solve, factor.lower)
-        x = solve(stack_head(factor.right_hand_side))
+        # A Gram matrix with an infinity may have a factor that answers zeros.
+        failed = jnp.where(jnp.isnan(factor.rcond), factor.rcond, jnp.zeros_like(factor.rcond))
+        x = solve(stack_head(factor.right_hand_side)) + failed
 
         def residual_of(x: jax.Array, residual: jax.Array) -> jax.Array:
             return stack_head(problem.normal_residual(split_head(x, problem.has_bias), residual))

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from cfll.heads import LinearHead
+from cfll.samples import varying_like
 from cfll.solve.cholesky import dot
 from cfll.solve.problem import Problem, add, split_head, stack_head
 from cfll.solve.route import Route, SolveInfo
@@ -56,7 +57,8 @@ class QR:
         square = jnp.zeros_like(penalty.rows)
         nothing = _Basis(square, square, square[:, :1], square[:, :1], square[0, 0])
         x = jnp.zeros((len(square), residual.shape[1]), residual.dtype)
-        x, basis = jax.lax.fori_loop(0, 2, step, (x, nothing))
+        start = varying_like((x, nothing), problem.features, residual, penalty.rows)
+        x, basis = jax.lax.fori_loop(0, 2, step, start)
         return split_head(x, problem.has_bias), SolveInfo(Route.QR, basis.rcond)
 
     def apply_inverse(
@@ -153,7 +155,8 @@ def _triangle(
         return r, dot(q.T, jnp.concatenate([rotated, residual]))
 
     nothing = jnp.zeros((len(penalty.rows), residual.shape[1]), residual.dtype)
-    return _fold_rows(step, (penalty.rows, nothing), problem, residual)
+    start = varying_like((penalty.rows, nothing), problem.features, penalty.rows, residual)
+    return _fold_rows(step, start, problem, residual)
 
 
 class _Basis(NamedTuple):
@@ -174,7 +177,8 @@ def _find_basis(problem: Problem, penalty: _StackedPenalty, r: jax.Array) -> _Ba
         return squares + _sum_squares(dot(rows / penalty.norms, vt.T))[0]
 
     none = problem.features[:, :0]
-    strength = jnp.sqrt(_fold_rows(seen_by, jnp.zeros_like(sigma), problem, none))
+    start = varying_like(jnp.zeros_like(sigma), sigma)
+    strength = jnp.sqrt(_fold_rows(seen_by, start, problem, none))
     cut = _NOISE * eps * sigma[0]
     inverse = jnp.where(sigma <= cut, 0, 1 / sigma)  # NaN stays NaN
     seen = (strength > cut) | (jnp.square(sigma / sigma[0]) > eps)

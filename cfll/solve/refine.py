@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cfll.samples import varying_like
 from cfll.solve.cholesky import dot
 from cfll.solve.problem import power_of_two_above
 
@@ -98,7 +99,8 @@ def refine(
         return (count < limit) & ~done
 
     start = jnp.zeros((), jnp.int32), x, jnp.zeros((), bool)
-    return jax.lax.while_loop(unfinished, body, start)[1]  # type: ignore[arg-type]
+    start = varying_like(start, x, targets)
+    return jax.lax.while_loop(unfinished, body, start)[1]
 
 
 def _in_units(x: jax.Array, anchor: jax.Array | None) -> tuple[jax.Array, jax.Array]:

@@ -32,7 +32,7 @@ class SolveInfo(NamedTuple):
       route: int32 scalar, a `Route`.
       rcond: float32 scalar, estimate of the reciprocal condition number of the penalized system
         scaled to unit diagonal, as seen by rounding: a solve without refinement errs by about
-        1e-7 / rcond in float32, and below 1e-5 the system is close to singular. NaN if Cholesky
+        1e-7 / rcond in float32, and below 1e-5 the system is close to singular. 0 if Cholesky
         failed, 1 where there was none.
       iterations: int32 scalar, of ``cg``; 0 for the others.
       residual: float32 scalar, what ``cg`` left of the residual at the anchor, the worst output, in
@@ -49,9 +49,14 @@ class SolveInfo(NamedTuple):
     residual: Any = np.float32(0)
 
     def as_arrays(self) -> "SolveInfo":
-        """The same in the dtypes of the attributes."""
-        dtypes = (jnp.int32, jnp.float32, jnp.int32, jnp.float32)
-        return SolveInfo(*(jnp.asarray(x, t) for x, t in zip(self, dtypes, strict=True)))
+        """The same in the dtypes of the attributes, with a number where rcond is none."""
+        rcond = jnp.asarray(self.rcond, jnp.float32)
+        return SolveInfo(
+            jnp.asarray(self.route, jnp.int32),
+            jnp.where(jnp.isnan(rcond), jnp.zeros_like(rcond), rcond),
+            jnp.asarray(self.iterations, jnp.int32),
+            jnp.asarray(self.residual, jnp.float32),
+        )
 
 
 class Solver(Protocol):
