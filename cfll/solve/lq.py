@@ -1,16 +1,17 @@
-r"""lq: QR of the transposed stack, of size n, where a dual has few samples and is singular.
+r"""lq: QR of the transposed stack, of size n, where a dual is singular to working precision.
 
 In units of the penalty (one number lambda, after scaling the features) the kernel matrix is
-:math:`Z Z^\top + \lambda I = T^\top T` with :math:`T = (Z^\top; \sqrt\lambda I)`, (d + n, n). With
-T = Q R, whose condition number is the square root of the kernel matrix's, and :math:`Q_1` the first
-d rows of Q, the equations of `cfll.solve.dual` are solved by
+:math:`Z Z^\top + \lambda I = T^\top T` with :math:`T = (Z^\top; \sqrt\lambda I)`, (d + n, n), whose
+condition number is the square root of the kernel matrix's. With T = Q R, R = U Sigma V^T and P the
+first d rows of Q U the equations of `cfll.solve.dual` are solved by
 
 .. math::
-    D = g / \lambda + Q_1 w, \qquad \alpha = \lambda R^{-1} w, \qquad
-    w = R^{-\top} (S^{1/2} \rho - s \delta) - Q_1^\top g / \lambda
+    D = g / \lambda + P w, \qquad \alpha = \lambda V \Sigma^{-1} w, \qquad
+    w = \Sigma^{-1} V^\top (S^{1/2} \rho - s \delta) - P^\top g / \lambda.
 
-without a product that squares anything. No matrix is of size d x d: "auto" sets this memory aside
-in every guarded step.
+Directions whose data are below rounding get no correction, as in `cfll.solve.qr`: else samples that
+are repeated with other targets would get weights of their difference over rounding. No matrix is of
+size d x d: "auto" sets this memory aside in every guarded step.
 """
 
 from dataclasses import dataclass
@@ -29,15 +30,20 @@ _NOISE = 32
 
 
 class _Stack(NamedTuple):
-    """T = Q R and what goes with it."""
+    """The singular value decomposition of T and what goes with it."""
 
-    q1: jax.Array  # (d, n)
-    r: jax.Array  # (n, n)
+    p: jax.Array  # (d, n), zero where the data are noise
+    inverse: jax.Array  # (n, 1): Sigma^{-1}, bounded where Sigma is noise
+    vt: jax.Array  # (n, n)
     scale: jax.Array  # of the features, (d, 1) or (1, 1)
     lam: jax.Array  # ()
-    u: jax.Array  # R^{-T} s, (n, 1)
     root: jax.Array  # s, (n, 1)
+    u: jax.Array  # Sigma^{-1} V^T s, (n, 1)
     rcond: jax.Array  # ()
+
+    def rotate(self, rows: jax.Array) -> jax.Array:
+        """Sigma^{-1} V^T S^{1/2} rows."""
+        return self.inverse * dot(self.vt, self.root * rows)
 
 
 @dataclass(frozen=True)
@@ -52,14 +58,14 @@ class LQ:
     ) -> tuple[LinearHead, SolveInfo]:
         del factor, anchor
         stack = _stack(problem)
-        w = _solve_transposed(stack.r, stack.root * residual)
+        w = stack.rotate(residual)
         bias = None
         if problem.bias_penalty is not None:
             mu = problem.bias_penalty
             ratio = jnp.where(mu == 0, 0, mu / stack.lam)
             delta = dot(stack.u.T, w) / _or_one(ratio + jnp.sum(jnp.square(stack.u)))
             w, bias = w - stack.u * delta, delta[0]
-        return LinearHead(stack.scale * dot(stack.q1, w), bias), SolveInfo(Route.QR, stack.rcond)
+        return LinearHead(stack.scale * dot(stack.p, w), bias), SolveInfo(Route.QR, stack.rcond)
 
     def apply_inverse(
         self, factor: Any, problem: Problem, rows: jax.Array | None, head: LinearHead
@@ -67,45 +73,37 @@ class LQ:
         del factor
         stack = _stack(problem)
         scaled = stack.scale * head.kernel / stack.lam
-        w, bias = -dot(stack.q1.T, scaled), None
+        w, bias = -dot(stack.p.T, scaled), None
         if rows is not None:
-            w = w + _solve_transposed(stack.r, stack.root * rows)
+            w = w + stack.rotate(rows)
         if problem.bias_penalty is not None and head.bias is not None:
             schur = problem.bias_penalty + stack.lam * jnp.sum(jnp.square(stack.u))
             delta = (stack.lam * dot(stack.u.T, w) + head.bias[None, :]) / _or_one(schur)
             w, bias = w - stack.u * delta, delta[0]
-        alpha = stack.lam * jax.lax.linalg.triangular_solve(stack.r, w, left_side=True)
-        return stack.root * alpha, LinearHead(stack.scale * (scaled + dot(stack.q1, w)), bias)
+        alpha = stack.lam * dot(stack.vt.T, stack.inverse * w)
+        return stack.root * alpha, LinearHead(stack.scale * (scaled + dot(stack.p, w)), bias)
 
 
 def _stack(problem: Problem) -> _Stack:
     z, root = problem.root_weighted()
     n, d = z.shape
-    penalty = problem.penalty.reshape(-1, 1)
-    tiny = jnp.finfo(z.dtype).tiny
+    eps, penalty = jnp.finfo(z.dtype).eps, problem.penalty.reshape(-1, 1)
     lam = jnp.min(penalty)
-    scale = (
-        jnp.sqrt(lam / jnp.maximum(penalty, tiny))
-        if penalty.size > 1
-        else jnp.ones((1, 1), z.dtype)
-    )
-    rows = scale * z.T
-    largest = jnp.max(jnp.sum(jnp.square(rows), axis=0))
-    # Below rounding the penalty cannot be seen: repeated samples that contradict each other would
-    # get weights of their difference over rounding.
-    floor = jnp.square(_NOISE * jnp.finfo(z.dtype).eps) * largest
-    corner = jnp.sqrt(jnp.maximum(lam, floor))
-    q, r = jnp.linalg.qr(jnp.concatenate([rows, corner * jnp.eye(n, dtype=z.dtype)]))
-    pivots = jnp.abs(jnp.diagonal(r))
-    rcond = jnp.square(jnp.min(pivots) / jnp.max(pivots))
-    return _Stack(q[:d], r, scale, lam, _solve_transposed(r, root), root, rcond)
+    scale = jnp.ones((1, 1), z.dtype)
+    if penalty.size > 1:
+        scale = jnp.sqrt(lam / jnp.maximum(penalty, jnp.finfo(z.dtype).tiny))
+    q, r = jnp.linalg.qr(jnp.concatenate([scale * z.T, jnp.sqrt(lam) * jnp.eye(n, dtype=z.dtype)]))
+    u, sigma, vt = jnp.linalg.svd(r)
+    p = dot(q[:d], u)
+    strength, cut = jnp.linalg.norm(p, axis=0) * sigma, _NOISE * eps * sigma[0]
+    seen = (strength > cut) | (jnp.square(sigma) > eps * jnp.square(sigma[0]))
+    p = jnp.where(seen, p, jnp.where(jnp.isnan(p), p, 0))
+    # Not zero: what the features do not explain determines a bias.
+    inverse = 1 / _or_one(jnp.maximum(sigma, cut))[:, None]
+    rcond = jnp.square(sigma[-1] / sigma[0])
+    return _Stack(p, inverse, vt, scale, lam, root, inverse * dot(vt, root), rcond)
 
 
-def _or_one(schur: jax.Array) -> jax.Array:
-    """Zero if the bias is free and no sample counts: it stays as it is."""
-    return jnp.where(schur == 0, jnp.ones_like(schur), schur)
-
-
-def _solve_transposed(r: jax.Array, rows: jax.Array) -> jax.Array:
-    """R^{-T} rows."""
-    return jax.lax.linalg.triangular_solve(r, rows, left_side=True, transpose_a=True)
+def _or_one(divisor: jax.Array) -> jax.Array:
+    """One for zero: where no sample counts, a free bias stays as it is."""
+    return jnp.where(divisor == 0, jnp.ones_like(divisor), divisor)
