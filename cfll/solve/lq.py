@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from cfll.heads import LinearHead
 from cfll.solve.cholesky import dot
-from cfll.solve.problem import Problem
+from cfll.solve.problem import Problem, power_of_two_above
 from cfll.solve.route import Route, SolveInfo
 
 # What is taken for rounding, in multiples of the machine epsilon.
@@ -92,6 +92,10 @@ def _stack(problem: Problem) -> _Stack:
     scale = jnp.ones((1, 1), z.dtype)
     if penalty.size > 1:
         scale = jnp.sqrt(lam / jnp.maximum(penalty, jnp.finfo(z.dtype).tiny))
+    # In units of the largest entry of T nothing overflows or vanishes when squared.
+    largest = jnp.maximum(jnp.max(jnp.abs(scale * z.T)), jnp.sqrt(lam))
+    unit = power_of_two_above(largest.reshape(1, 1))
+    scale, lam = scale / unit, (lam / unit / unit).reshape(())
     q, r = jnp.linalg.qr(jnp.concatenate([scale * z.T, jnp.sqrt(lam) * jnp.eye(n, dtype=z.dtype)]))
     u, sigma, vt = jnp.linalg.svd(r)
     p = dot(q[:d], u)
