@@ -93,7 +93,7 @@ def _stack(problem: Problem) -> _Stack:
     if penalty.size > 1:
         scale = jnp.sqrt(lam / jnp.maximum(penalty, jnp.finfo(z.dtype).tiny))
     # In units of the largest entry of T nothing overflows or vanishes when squared.
-    largest = jnp.maximum(jnp.max(jnp.abs(scale * z.T)), jnp.sqrt(lam))
+    largest = jnp.maximum(jnp.max(jnp.abs(z) * scale.reshape(1, -1)), jnp.sqrt(lam))
     unit = power_of_two_above(largest.reshape(1, 1))
     scale, lam = scale / unit, (lam / unit / unit).reshape(())
     q, r = jnp.linalg.qr(jnp.concatenate([scale * z.T, jnp.sqrt(lam) * jnp.eye(n, dtype=z.dtype)]))
