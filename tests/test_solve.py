@@ -505,9 +505,12 @@ def test_derivatives_in_the_dual_are_exact_in_float32(x64, solver):
     errors = jax.tree.map(
         lambda a, b: float(relative_error(np.asarray(a), np.asarray(b))), got, expected
     )
-    # Those by features and weights hold what the solve left of the residual, itself a difference.
-    assert max(errors[0], errors[4]) < 1e-2
-    assert max(jax.tree.leaves(errors[1:4])) < 1e-4
+    by_features, by_targets, by_anchor, by_lam, by_weights = errors
+    assert max(jax.tree.leaves((by_targets, by_anchor))) < 1e-5
+    # The penalty's is a small part of a product that the data outweigh by 1e4: 6e-3 unrefined.
+    assert by_lam < 1e-3
+    # These hold what the solve left of the residual, itself a difference.
+    assert max(by_features, by_weights) < 1e-2
 
 
 @pytest.mark.parametrize("solver", [*SOLVERS, cfll.CG(tolerance=1e-13, max_iterations=200)])
