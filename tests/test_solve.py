@@ -507,7 +507,7 @@ def test_derivatives_in_the_dual_are_exact_in_float32(x64, solver):
     )
     by_features, by_targets, by_anchor, by_lam, by_weights = errors
     assert max(jax.tree.leaves((by_targets, by_anchor))) < 1e-5
-    # The penalty's is a small part of a product that the data outweigh by 1e4: 6e-3 unrefined.
+    # The penalty's is a small difference of products that the data outweigh by 1e4.
     assert by_lam < 1e-3
     # These hold what the solve left of the residual, itself a difference.
     assert max(by_features, by_weights) < 1e-2
