@@ -644,3 +644,16 @@ def test_inside_shard_map(solver, n, d):
     chex.assert_trees_all_close(
         jax.jit(mapped)(features, targets, anchor), expected, rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("lam", [1e-9, 1e-7, 1e-5])
+def test_repeated_samples_that_contradict_each_other_get_no_huge_weights(lam, use_bias):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(8, 64)).astype(np.float32)
+    features[1] = features[0]
+    targets = rng.normal(size=(8, 2)).astype(np.float32)
+    head = cfll.ridge_solve(features, targets, lam, use_bias=use_bias)
+    rows = stacked_rows(features, lam) if use_bias else np.vstack([features, lam**0.5 * np.eye(64)])
+    expected = np.linalg.lstsq(rows, np.vstack([targets, np.zeros((len(rows) - 8, 2))]))[0]
+    assert relative_error(stack(head), expected) < 1e-3

@@ -105,7 +105,10 @@ def _stack(problem: Problem) -> _Stack:
     # Not zero: what the features do not explain determines a bias.
     inverse = 1 / _or_one(jnp.maximum(sigma, cut))[:, None]
     rcond = jnp.square(sigma[-1] / sigma[0])
-    return _Stack(p, inverse, vt, scale, lam, root, inverse * dot(vt, root), rcond)
+    # What is rounding in V^T s must not meet 1 / Sigma^2: repeated samples would move the bias.
+    rotated = dot(vt, root)
+    rotated = jnp.where(jnp.abs(rotated) <= _NOISE * eps * jnp.linalg.norm(root), 0, rotated)
+    return _Stack(p, inverse, vt, scale, lam, root, inverse * rotated, rcond)
 
 
 def _or_one(divisor: jax.Array) -> jax.Array:
