@@ -94,11 +94,11 @@ def test_a_solve_from_sums_is_one_all_reduce(report):
     assert collectives("shard_map, GramStats") == [["all-reduce", GRAM + CROSS + 1]]
 
 
-def test_prox_solve_reduces_the_sums_once_and_nothing_else(report):
+def test_prox_solve_reduces_the_mean_and_the_sums_and_nothing_else(report):
     # Well-conditioned: the first branch of the guard, which the collectives below belong to.
     assert report["solves"]["rcond"] > 2e4 * np.finfo(np.float32).eps
     found = report["solves"]["jit, prox_solve"]["collectives"]
-    assert found == [["all-reduce", GRAM + CROSS]]
+    assert found == [["all-reduce", sharded.O], ["all-reduce", GRAM + CROSS]]
 
 
 def test_outputs_of_the_head_may_be_sharded(report):
@@ -112,9 +112,9 @@ def test_outputs_of_the_head_may_be_sharded(report):
     # them, and every device solves for all outputs.
     found = report["outputs"]["jit, prox_solve"]["collectives"]
     assert [size for operation, size in found if operation == "all-gather"] == [CROSS]
-    # The last number is the size of the solution, which a step of refinement is compared with.
+    # The mean of the residual; the size of the solution, which a step of refinement is compared with.
     reduced = sum(size for operation, size in found if operation == "all-reduce")
-    assert reduced == GRAM + CROSS // 2 + 3
+    assert reduced == GRAM + CROSS // 2 + sharded.O // 2 + 3
 
 
 @pytest.mark.parametrize("by", ["jit", "shard_map"])
@@ -128,7 +128,7 @@ def test_training_on_eight_devices(report, by):
     assert result["programs"] == 1
     # The solve, the gradient of the backbone, and the loss.
     assert {operation for operation, _ in result["collectives"]} == {"all-reduce"}
-    numbers = GRAM + CROSS + training["backbone"] + 1 + (by == "shard_map")
+    numbers = sharded.O + GRAM + CROSS + training["backbone"] + 1 + (by == "shard_map")
     assert sum(size for _, size in result["collectives"]) == numbers
 
 

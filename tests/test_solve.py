@@ -533,7 +533,7 @@ def test_second_derivatives_at_a_weight_of_zero(x64, solver, n, d):
 
 def test_gradient_reuses_the_factor():
     def loss(features):
-        head = cfll.ridge_solve(features, jnp.ones((9, 1)), 1.0)
+        head = cfll.ridge_solve(features, jnp.ones((9, 1)), 1.0, solver="primal")
         return jnp.sum(head.kernel)
 
     jaxpr = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((9, 4))))

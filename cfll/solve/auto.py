@@ -10,7 +10,7 @@ from cfll.heads import LinearHead
 from cfll.solve.dual import Dual
 from cfll.solve.lq import LQ
 from cfll.solve.primal import Primal
-from cfll.solve.problem import Problem
+from cfll.solve.problem import Problem, Residual
 from cfll.solve.qr import QR
 from cfll.solve.refine import is_hopeless
 from cfll.solve.route import SolveInfo
@@ -28,11 +28,11 @@ class Auto:
     cholesky: Primal | Dual
     fallback: QR | LQ
 
-    def factorize(self, problem: Problem, residual: jax.Array) -> Any:
+    def factorize(self, problem: Problem, residual: Residual) -> Any:
         return self.cholesky.factorize(problem, residual)
 
     def correct(
-        self, factor: Any, problem: Problem, residual: jax.Array, anchor: LinearHead | None
+        self, factor: Any, problem: Problem, residual: Residual, anchor: LinearHead | None
     ) -> tuple[LinearHead, SolveInfo]:
         def by(solver: Any) -> tuple[LinearHead, jax.Array]:
             x, info = solver.correct(factor, problem, residual, anchor)

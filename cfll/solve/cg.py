@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from cfll.heads import LinearHead
 from cfll.samples import varying_like
-from cfll.solve.problem import Problem, add, split_head, stack_head
+from cfll.solve.problem import Problem, Residual, add, split_head, stack_head
 from cfll.solve.route import Route, SolveInfo
 
 
@@ -45,7 +45,7 @@ class CG:
         if not (self.tolerance >= 0 and self.max_iterations >= 1):
             raise ValueError(f"{self} never starts; write cfll.CG(1e-4, max_iterations=100).")
 
-    def factorize(self, problem: Problem, residual: jax.Array) -> jax.Array:
+    def factorize(self, problem: Problem, residual: Residual) -> jax.Array:
         """The diagonal of A, (d + 1,), in the place of a factor."""
         del residual
         features, penalty = problem.features, problem.penalty
@@ -57,11 +57,10 @@ class CG:
         return jnp.concatenate([diagonal, corner.reshape(1)])
 
     def correct(
-        self, factor: jax.Array, problem: Problem, residual: jax.Array, anchor: LinearHead | None
+        self, factor: jax.Array, problem: Problem, residual: Residual, anchor: LinearHead | None
     ) -> tuple[LinearHead, SolveInfo]:
-        """The solution of A x = Phi~^T S residual."""
         del anchor
-        x, iterations, left = self._iterate(factor, problem, problem.adjoint(residual))
+        x, iterations, left = self._iterate(factor, problem, problem.right_hand_side(residual))
         return x, SolveInfo(Route.CG, jnp.ones(()), iterations, left)
 
     def apply_inverse(

@@ -28,6 +28,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+# From how many rows on a product over rows is a sum of products of this many parts: float32 loses
+# the digits of a sum of millions. (A power of two, so that devices keep the parts of their rows.)
+_PARTS_FROM, _PARTS = 2**16, 64
 # From how many features on a Gram matrix is made in strips: below, a product is too small to split.
 _STRIPS_FROM = 512
 # Up to this size a factor is LAPACK's alone: a few hundred rows are not worth splitting.
@@ -39,15 +42,27 @@ _HIGHEST = jax.lax.Precision.HIGHEST  # GPUs multiply float32 in TF32 by default
 dot = partial(jnp.matmul, precision=_HIGHEST)
 
 
+def dot_over_rows(left: jax.Array, right: jax.Array) -> jax.Array:
+    """left^T right, for left (n, k) and right (n, m)."""
+    n = len(left)
+    if n < _PARTS_FROM:
+        # This way around the smaller matrix is transposed, and copied for it.
+        return dot(left.T, right) if left.shape[1] <= right.shape[1] else dot(right.T, left).T
+    whole = n - n % _PARTS
+    parts = (rows[:whole].reshape(_PARTS, -1, rows.shape[1]) for rows in (left, right))
+    rest = dot(left[whole:].T, right[whole:])
+    return rest + jnp.sum(jnp.einsum("pnk,pnm->pkm", *parts, precision=_HIGHEST), axis=0)
+
+
 def lower_gram(left: jax.Array, right: jax.Array) -> jax.Array:
     """The lower triangle of left^T right, where that product is symmetric; (d, d)."""
     # In strips, each against the columns up to its own last one: 5 / 8 of the operations.
     d = left.shape[1]
     if d < _STRIPS_FROM:
-        return dot(left.T, right)
+        return dot_over_rows(left, right)
     ends = [d * k // 4 for k in range(5)]
     strips = [
-        jnp.pad(dot(left[:, start:end].T, right[:, :end]), ((0, 0), (0, d - end)))
+        jnp.pad(dot_over_rows(left[:, start:end], right[:, :end]), ((0, 0), (0, d - end)))
         for start, end in itertools.pairwise(ends)
     ]
     return jnp.concatenate(strips)

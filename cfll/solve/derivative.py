@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from cfll.heads import LinearHead
-from cfll.solve.problem import Problem, add, split_head, stack_head
+from cfll.solve.problem import Problem, Residual, add, split_head, stack_head
 from cfll.solve.route import SolveInfo, Solver
 
 
@@ -29,10 +29,21 @@ def solve_correction(
     solver: Solver, problem: Problem, residual: jax.Array, anchor: LinearHead | None
 ) -> tuple[LinearHead, SolveInfo]:
     """The correction of the anchor for residuals (n, o), differentiable by problem and residual."""
-    fixed = jax.lax.stop_gradient((problem, residual, anchor))
-    factor = solver.factorize(*fixed[:2])
-    x, info = solver.correct(factor, *fixed)
+    fixed, rows, anchor = jax.lax.stop_gradient((problem, residual, anchor))
+    centered = fixed.centered(rows)
+    factor = solver.factorize(fixed, centered)
+    if anchor is not None:
+        anchor = _raise(anchor, centered)
+    x, info = solver.correct(factor, fixed, centered, anchor)
+    x = _raise(x, centered)
     return _differentiable(solver, factor, x, problem, residual), info.as_arrays()
+
+
+def _raise(head: LinearHead, residual: Residual) -> LinearHead:
+    """The head + (0, mean)."""
+    if head.bias is None or residual.mean is None:
+        return head
+    return head._replace(bias=head.bias + residual.mean[0])
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from cfll.heads import LinearHead
 from cfll.solve.cholesky import cho_solve, cholesky, cholesky_with_rcond, dot
-from cfll.solve.problem import Problem, as_column, power_of_two_above, scale, stack_head
+from cfll.solve.problem import Problem, Residual, as_column, power_of_two_above, scale, stack_head
 from cfll.solve.refine import refine, step_limit
 from cfll.solve.route import Route, SolveInfo
 
@@ -40,9 +40,9 @@ class KernelMatrix(NamedTuple):
 class Dual:
     """The solver of the module's docstring."""
 
-    def factorize(self, problem: Problem, residual: jax.Array) -> KernelMatrix:
+    def factorize(self, problem: Problem, residual: Residual) -> KernelMatrix:
         z, s = problem.root_weighted()
-        unit = power_of_two_above(residual)
+        unit = _unit(residual)
         penalty_lower = cholesky(problem.penalty) if problem.penalty.ndim == 2 else None
         if problem.penalty.ndim == 0:
             kernel = dot(z, z.T) / problem.penalty  # n^2 divisions instead of n d
@@ -59,10 +59,10 @@ class Dual:
         return KernelMatrix(lower, rcond, unit, penalty_lower, column, schur)
 
     def correct(
-        self, factor: KernelMatrix, problem: Problem, residual: jax.Array, anchor: LinearHead | None
+        self, factor: KernelMatrix, problem: Problem, residual: Residual, anchor: LinearHead | None
     ) -> tuple[LinearHead, SolveInfo]:
         unit = factor.unit
-        residual = residual / unit
+        residual = jax.tree.map(lambda rows: rows / unit, residual)
         z, s = problem.root_weighted()
         n, has_bias = len(z), problem.has_bias
         num_dual = n + has_bias  # rows of alpha over delta
@@ -73,17 +73,18 @@ class Dual:
             kernel = _unpenalize(problem, factor.penalty_lower, dot(z.T, dual[:n]))
             return jnp.concatenate([dual, kernel])
 
-        def residual_of(x: jax.Array, residual: jax.Array) -> jax.Array:
+        def residual_of(x: jax.Array, residual: Residual) -> jax.Array:
             dual, predicted = x[:num_dual], dot(z, x[num_dual:])
-            if problem.bias_penalty is None:
-                return s * residual - dual - predicted
+            if problem.bias_penalty is None or residual.mean is None:
+                return s * residual.rows - dual - predicted
             alpha, delta = dual[:-1], dual[-1:]
-            last = problem.bias_penalty * delta - dot(s.T, alpha)
-            return jnp.concatenate([s * residual - alpha - predicted - s * delta, last])
+            last = problem.bias_penalty * (residual.mean + delta) - dot(s.T, alpha)
+            return jnp.concatenate([s * residual.rows - alpha - predicted - s * delta, last])
 
-        right_hand_side = s * residual
-        if has_bias:
-            right_hand_side = jnp.pad(right_hand_side, ((0, 1), (0, 0)))
+        right_hand_side = s * residual.rows
+        if problem.bias_penalty is not None and residual.mean is not None:
+            last = problem.bias_penalty * residual.mean
+            right_hand_side = jnp.concatenate([right_hand_side, last])
         dual = _solve_bordered(factor, s, right_hand_side)
         once = LinearHead(
             _unpenalize(problem, factor.penalty_lower, dot(z.T, dual[:n])),
@@ -132,6 +133,11 @@ class Dual:
         change = _solve_bordered(factor, s, left)
         dual, kernel = dual + change, kernel + unpenalize(dot(z.T, change[:n]))
         return s * dual[:n], LinearHead(kernel, None if head.bias is None else dual[n])
+
+
+def _unit(residual: Residual) -> jax.Array:
+    """A unit for each output, (1, o), of rows and mean: a penalized bias needs both."""
+    return power_of_two_above(jnp.concatenate(jax.tree.leaves(residual)))
 
 
 def _unpenalize(problem: Problem, penalty_lower: jax.Array | None, rows: jax.Array) -> jax.Array:

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from cfll.heads import LinearHead
+from cfll.samples import varying_like
 from cfll.solve.cholesky import dot
-from cfll.solve.problem import Problem, power_of_two_above
+from cfll.solve.problem import Problem, Residual, power_of_two_above
 from cfll.solve.route import Route, SolveInfo
 
 # What is taken for rounding, in multiples of the machine epsilon.
@@ -32,40 +33,52 @@ _NOISE = 32
 class _Stack(NamedTuple):
     """The singular value decomposition of T and what goes with it."""
 
-    p: jax.Array  # (d, n), zero where the data are noise
+    q: jax.Array  # (d + n, n): a slice would be a copy
+    u: jax.Array  # (n, n), of R; zero where the data are noise, and so is P
     inverse: jax.Array  # (n, 1): Sigma^{-1}, bounded where Sigma is noise
     vt: jax.Array  # (n, n)
     scale: jax.Array  # of the features, (d, 1) or (1, 1)
     lam: jax.Array  # ()
     root: jax.Array  # s, (n, 1)
-    u: jax.Array  # Sigma^{-1} V^T s, (n, 1)
+    border: jax.Array  # Sigma^{-1} V^T s, (n, 1)
     rcond: jax.Array  # ()
 
     def rotate(self, rows: jax.Array) -> jax.Array:
         """Sigma^{-1} V^T S^{1/2} rows."""
         return self.inverse * dot(self.vt, self.root * rows)
 
+    def to_kernel(self, w: jax.Array) -> jax.Array:
+        """P w."""
+        return dot(self.q, dot(self.u, w))[: -len(self.u)]
+
+    def from_kernel(self, rows: jax.Array) -> jax.Array:
+        """P^T rows."""
+        return dot(self.u.T, dot(self.q.T, jnp.pad(rows, ((0, len(self.u)), (0, 0)))))
+
 
 @dataclass(frozen=True)
 class LQ:
     """The solver of the module's docstring, for a penalty that is no matrix."""
 
-    def factorize(self, problem: Problem, residual: jax.Array) -> None:
+    def factorize(self, problem: Problem, residual: Residual) -> None:
         del problem, residual
 
     def correct(
-        self, factor: Any, problem: Problem, residual: jax.Array, anchor: LinearHead | None
+        self, factor: Any, problem: Problem, residual: Residual, anchor: LinearHead | None
     ) -> tuple[LinearHead, SolveInfo]:
         del factor, anchor
         stack = _stack(problem)
-        w = stack.rotate(residual)
+        w = stack.rotate(residual.rows)
         bias = None
-        if problem.bias_penalty is not None:
+        if problem.bias_penalty is not None and residual.mean is not None:
             mu = problem.bias_penalty
             ratio = jnp.where(mu == 0, 0, mu / stack.lam)
-            delta = dot(stack.u.T, w) / _or_one(ratio + jnp.sum(jnp.square(stack.u)))
-            w, bias = w - stack.u * delta, delta[0]
-        return LinearHead(stack.scale * dot(stack.p, w), bias), SolveInfo(Route.QR, stack.rcond)
+            # Both sides over the larger of ratio and one: a ratio may be infinite.
+            mine, other = jnp.minimum(ratio, 1), 1 / jnp.maximum(ratio, 1)
+            schur = mine + other * jnp.sum(jnp.square(stack.border))
+            delta = (other * dot(stack.border.T, w) - mine * residual.mean) / _or_one(schur)
+            w, bias = w - stack.border * delta, delta[0]
+        return LinearHead(stack.scale * stack.to_kernel(w), bias), SolveInfo(Route.QR, stack.rcond)
 
     def apply_inverse(
         self, factor: Any, problem: Problem, rows: jax.Array | None, head: LinearHead
@@ -73,20 +86,20 @@ class LQ:
         del factor
         stack = _stack(problem)
         scaled = stack.scale * head.kernel / stack.lam
-        w, bias = -dot(stack.p.T, scaled), None
+        w, bias = -stack.from_kernel(scaled), None
         if rows is not None:
             w = w + stack.rotate(rows)
         if problem.bias_penalty is not None and head.bias is not None:
-            schur = problem.bias_penalty + stack.lam * jnp.sum(jnp.square(stack.u))
-            delta = (stack.lam * dot(stack.u.T, w) + head.bias[None, :]) / _or_one(schur)
-            w, bias = w - stack.u * delta, delta[0]
+            schur = problem.bias_penalty + stack.lam * jnp.sum(jnp.square(stack.border))
+            delta = (stack.lam * dot(stack.border.T, w) + head.bias[None, :]) / _or_one(schur)
+            w, bias = w - stack.border * delta, delta[0]
         alpha = stack.lam * dot(stack.vt.T, stack.inverse * w)
-        return stack.root * alpha, LinearHead(stack.scale * (scaled + dot(stack.p, w)), bias)
+        return stack.root * alpha, LinearHead(stack.scale * (scaled + stack.to_kernel(w)), bias)
 
 
 def _stack(problem: Problem) -> _Stack:
     z, root = problem.root_weighted()
-    n, d = z.shape
+    n = len(z)
     eps, penalty = jnp.finfo(z.dtype).eps, problem.penalty.reshape(-1, 1)
     lam = jnp.min(penalty)
     scale = jnp.ones((1, 1), z.dtype)
@@ -98,17 +111,30 @@ def _stack(problem: Problem) -> _Stack:
     scale, lam = scale / unit, (lam / unit / unit).reshape(())
     q, r = jnp.linalg.qr(jnp.concatenate([scale * z.T, jnp.sqrt(lam) * jnp.eye(n, dtype=z.dtype)]))
     u, sigma, vt = jnp.linalg.svd(r)
-    p = dot(q[:d], u)
-    strength, cut = jnp.linalg.norm(p, axis=0) * sigma, _NOISE * eps * sigma[0]
+    strength, cut = _norms_of_p(q, u) * sigma, _NOISE * eps * sigma[0]
     seen = (strength > cut) | (jnp.square(sigma) > eps * jnp.square(sigma[0]))
-    p = jnp.where(seen, p, jnp.where(jnp.isnan(p), p, 0))
+    u = jnp.where(seen[None, :], u, jnp.where(jnp.isnan(u), u, 0))
     # Not zero: what the features do not explain determines a bias.
     inverse = 1 / _or_one(jnp.maximum(sigma, cut))[:, None]
     rcond = jnp.square(sigma[-1] / sigma[0])
     # What is rounding in V^T s must not meet 1 / Sigma^2: repeated samples would move the bias.
     rotated = dot(vt, root)
     rotated = jnp.where(jnp.abs(rotated) <= _NOISE * eps * jnp.linalg.norm(root), 0, rotated)
-    return _Stack(p, inverse, vt, scale, lam, root, inverse * rotated, rcond)
+    return _Stack(q, u, inverse, vt, scale, lam, root, inverse * rotated, rcond)
+
+
+def _norms_of_p(q: jax.Array, u: jax.Array) -> jax.Array:
+    """The norms of the columns of P, (n,), in blocks of its rows, since P is as large as q."""
+    d = len(q) - len(u)
+    size = -(-d // 8)
+
+    def add_block(k: jax.Array, squares: jax.Array) -> jax.Array:
+        rows = k * size + jnp.arange(size)
+        block = jnp.where((rows < d)[:, None], q[rows], 0)
+        return squares + jnp.sum(jnp.square(dot(block, u)), axis=0)
+
+    start = varying_like(jnp.zeros(u.shape[1], q.dtype), q)
+    return jnp.sqrt(jax.lax.fori_loop(0, 8, add_block, start))
 
 
 def _or_one(divisor: jax.Array) -> jax.Array:

@@ -13,7 +13,21 @@ import numpy as np
 
 from cfll.heads import LinearHead
 from cfll.samples import concrete, nan_where_negative
-from cfll.solve.cholesky import dot
+from cfll.solve.cholesky import dot, dot_over_rows
+
+
+class Residual(NamedTuple):
+    """What targets leave at the anchor: rows + mean, a first guess of the bias's correction.
+
+    Where targets have a mean their products with the features would lose the digits of the rest.
+
+    Attributes:
+      rows: (n, o), of weighted mean zero if there is a free bias.
+      mean: (1, o), less the share of a penalized bias; None without a bias.
+    """
+
+    rows: jax.Array
+    mean: jax.Array | None
 
 
 class Problem(NamedTuple):
@@ -46,6 +60,16 @@ class Problem(NamedTuple):
             return jnp.full((), self.features.shape[0], self.features.dtype)
         return jnp.sum(self.weights)
 
+    def centered(self, rows: jax.Array) -> Residual:
+        """Rows (n, o) as a `Residual`."""
+        if self.bias_penalty is None:
+            return Residual(rows, None)
+        total = self.total() + self.bias_penalty  # as far as the bias will go there
+        weights = jnp.ones((1,), rows.dtype) if self.weights is None else self.weights
+        shares = weights / jnp.where(total == 0, jnp.ones_like(total), total)
+        mean = jnp.sum(rows * shares[:, None], axis=0, keepdims=True)
+        return Residual(rows - mean, mean)
+
     def adjoint(self, rows: jax.Array) -> LinearHead:
         """Phi~^T S rows, for rows of shape (n, o)."""
         return self.transposed(self.weigh(rows))
@@ -53,8 +77,7 @@ class Problem(NamedTuple):
     def transposed(self, rows: jax.Array) -> LinearHead:
         """Phi~^T rows, for rows of shape (n, o)."""
         bias = jnp.sum(rows, axis=0) if self.has_bias else None
-        # This way around the smaller matrix is transposed, and copied for it.
-        return LinearHead(dot(rows.T, self.features).T, bias)
+        return LinearHead(dot_over_rows(self.features, rows), bias)
 
     def penalize(self, head: LinearHead) -> LinearHead:
         """diag(Lambda, mu) head."""
@@ -70,10 +93,17 @@ class Problem(NamedTuple):
         """A head, by two products with the features."""
         return add(self.adjoint(head(self.features)), self.penalize(head))
 
-    def normal_residual(self, head: LinearHead, residual: jax.Array) -> LinearHead:
-        """Phi~^T S residual - A head, from what is left of the residual of the data."""
-        left = self.adjoint(residual - head(self.features))
-        return jax.tree.map(jnp.subtract, left, self.penalize(head))
+    def right_hand_side(self, residual: Residual) -> LinearHead:
+        """That of a correction beyond (0, mean): Phi~^T S rows - (0, mu mean)."""
+        kernel, bias = self.adjoint(residual.rows)
+        if bias is None or residual.mean is None or self.bias_penalty is None:
+            return LinearHead(kernel)
+        return LinearHead(kernel, bias - self.bias_penalty * residual.mean[0])
+
+    def normal_residual(self, head: LinearHead, residual: Residual) -> LinearHead:
+        """The right-hand side - A head, from what is left of the residual of the data."""
+        left = residual._replace(rows=residual.rows - head(self.features))
+        return jax.tree.map(jnp.subtract, self.right_hand_side(left), self.penalize(head))
 
     def left_of(self, rows: jax.Array | None, head: LinearHead) -> jax.Array:
         """S (rows - Phi~ head), (n, o)."""

@@ -10,6 +10,7 @@ as much as the solve.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,17 +56,18 @@ def step_limit(rcond: jax.Array, x: jax.Array, anchor: jax.Array | None) -> jax.
 
 def refine(
     solve: Callable[[jax.Array], jax.Array],
-    residual_of: Callable[[jax.Array, jax.Array], jax.Array],
+    residual_of: Callable[[jax.Array, Any], jax.Array],
     x: jax.Array,
-    targets: jax.Array,
+    targets: Any,
     limit: jax.Array,
     anchor: jax.Array | None,
     num_auxiliary: int = 0,
 ) -> jax.Array:
     """Solve again for what is left of x, (m, o), until that changes nothing or ``limit`` times.
 
-    Both functions work column by column. ``residual_of(x, targets)`` is taken from the data, not
-    from the Gram matrix, whose rounding is what to undo. The rows of the anchor are added to those
+    Both functions work column by column; ``targets`` is an array with the columns of x, or a tree
+    of them. ``residual_of(x, targets)`` is taken from the data, not from the Gram matrix, whose
+    rounding is what to undo. The rows of the anchor are added to those
     of x, without the first ``num_auxiliary``, to make the head.
     """
     outputs = x.shape[1]
@@ -85,7 +87,9 @@ def refine(
 
     def step_if_needed(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         combined = jnp.asarray(signs, x.dtype) / units.T
-        change = solve(residual_of(dot(x, combined), dot(targets, combined)))
+        change = solve(
+            residual_of(dot(x, combined), jax.tree.map(lambda rows: dot(rows, combined), targets))
+        )
         done = settled(change, _PROBES)
         return jax.lax.cond(done, lambda x: (x, done), step, x)
 
@@ -99,7 +103,7 @@ def refine(
         return (count < limit) & ~done
 
     start = jnp.zeros((), jnp.int32), x, jnp.zeros((), bool)
-    start = varying_like(start, x, targets)
+    start = varying_like(start, x, *jax.tree.leaves(targets))
     return jax.lax.while_loop(unfinished, body, start)[1]
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cfll.heads import LinearHead
-from cfll.solve.problem import Problem
+from cfll.solve.problem import Problem, Residual
 
 
 class Route(IntEnum):
@@ -62,13 +62,13 @@ class SolveInfo(NamedTuple):
 class Solver(Protocol):
     """One way to solve a `Problem`; hashable. A new one is one file with these three methods."""
 
-    def factorize(self, problem: Problem, residual: jax.Array) -> Any:
-        """What solving takes, in a type of the solver's own; residual (n, o)."""
+    def factorize(self, problem: Problem, residual: Residual) -> Any:
+        """What solving takes, in a type of the solver's own."""
 
     def correct(
-        self, factor: Any, problem: Problem, residual: jax.Array, anchor: LinearHead | None
+        self, factor: Any, problem: Problem, residual: Residual, anchor: LinearHead | None
     ) -> tuple[LinearHead, SolveInfo]:
-        """The solution x of A x = Phi~^T S residual, as exact as anchor + x needs it."""
+        """The solution x of A x = `Problem.right_hand_side`, as exact as anchor + x needs it."""
         ...
 
     def apply_inverse(
