@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 
 import cfll.flax
 from cfll import iv
@@ -217,7 +217,7 @@ def test_refitted_heads_are_two_stage_least_squares(x64):
     batches = [
         iv.IVBatch(*map(jnp.asarray, (z[i], x[i], y[i]))) for i in np.split(np.arange(500), 5)
     ]
-    _, w = iv.refit(networks, method.init(batches[0]), batches, batches, beta=1e-6)
+    w = iv.refit(networks, method.init(batches[0]), batches, batches, beta=1e-6).stage2
 
     fitted = np.column_stack([z, np.ones(500)])
     fitted = fitted @ np.linalg.lstsq(fitted, x, rcond=None)[0]
@@ -257,7 +257,7 @@ def test_training_finds_the_structural_function(make, standard_promotion):
 
     confounded = cfll.ridge_solve(jnp.concatenate([x, x**3], axis=1), data.outcome, 1e-3)
     naive = jnp.mean((confounded(jnp.concatenate([grid, grid**3], axis=1)) - truth) ** 2)
-    refitted = iv.refit(networks, state, [data], [data], beta=1.0)[1]
+    refitted = iv.refit(networks, state, [data], [data], beta=1.0).stage2
     assert error(None) < 0.3 * naive
     assert error(refitted) < 0.3 * naive
 
@@ -348,3 +348,81 @@ def test_errors_name_the_fix():
     )
     with pytest.raises(ValueError, match="covariate=c"):
         iv.predict(with_covariate, state, batch.treatment)
+    with pytest.raises(ValueError, match=r"this call .* treatment \(8, 2\), covariate \(7, 2\)"):
+        iv.predict(with_covariate, state, batch.treatment, jnp.ones((7, 2)))
+    with pytest.raises(ValueError, match="write a scalar"):
+        iv.refit(networks, method.init(batch), [batch], [batch], beta=jnp.ones(4))
+
+
+def test_unequal_numbers_of_samples_are_named():
+    networks, batch = make_networks(), make_batch(8)
+    method = iv.proximal(networks, **optimizers(), lam1=1.0, lam2=1.0)
+    state, bad = method.init(batch), batch._replace(treatment=batch.treatment[:7])
+    for call, owner in (
+        (lambda: method.init(bad), "batch"),
+        (lambda: method.stage1(state, bad), "batch1"),
+        (lambda: method.stage2(state, bad, batch), "batch1"),
+        (lambda: jax.jit(method.round)(state, batch, bad), "batch2"),
+        (lambda: iv.refit(networks, state, [bad], [batch]), "a batch of stage1_data"),
+        (lambda: iv.refit(networks, state, [batch], [bad]), "a batch of stage2_data"),
+    ):
+        message = rf"{owner} have unequal .* instrument \(8, 3\), treatment \(7, 2\)"
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_a_state_of_plain_containers_is_refused(part):
+    networks, batch = make_networks(), make_batch(8)
+    method = iv.proximal(networks, **optimizers(), lam1=1.0, lam2=1.0)
+    state = method.init(batch)
+    plain = serialization.msgpack_restore(serialization.to_bytes(state))
+    plain = iv.IVState(**plain) if part else plain
+    for call in (
+        lambda: method.stage1(plain, batch),
+        lambda: method.stage2(plain, batch, batch),
+        lambda: method.round(plain, batch, batch),
+        lambda: iv.predict(networks, plain, batch.treatment),
+        lambda: iv.refit(networks, plain, [batch], [batch]),
+    ):
+        with pytest.raises(TypeError, match=r"is a dict, not a .*method.init\(batch\)"):
+            call()
+    restored = serialization.from_bytes(state, serialization.to_bytes(state))
+    chex.assert_trees_all_equal(restored, state)
+
+
+@pytest.mark.parametrize(
+    ("beta", "limit", "route"), [(1.0, 5e-6, "primal"), (1e-2, 2e-4, "primal"), (1e-4, 5e-3, "qr")]
+)
+def test_refitted_heads_err_as_least_squares_in_float32_does(beta, limit, route):
+    rng = np.random.default_rng(0)
+    z, hidden = rng.normal(size=(2, 512, 1)).astype(np.float32)
+    params = jnp.asarray(rng.normal(size=(2, 2, 16)), jnp.float32)
+
+    def apply(params, stats, inputs, *, train):
+        return jnp.tanh(inputs * params[:1] + params[1:]), stats
+
+    networks = iv.Networks(*(iv.Backbone(apply, p) for p in params))
+    batch = iv.IVBatch(z, z + hidden, np.sin(z + hidden) + hidden)
+    state = iv.proximal(networks, **optimizers(), lam1=1.0, lam2=1.0).init(batch)
+    batches = [iv.IVBatch(*rows) for rows in zip(*(np.split(a, 8) for a in batch[:3]), strict=True)]
+    refitted = iv.refit(networks, state, iter(batches), iter(batches), beta=beta)
+
+    def solve(features, targets):
+        rows = np.vstack([with_one(features), np.sqrt(beta) * np.eye(17)])
+        return np.linalg.lstsq(rows, np.vstack([targets, np.zeros((17, targets.shape[1]))]))[0]
+
+    def with_one(features):
+        return np.hstack([features, np.ones((len(features), 1))])
+
+    psi, phi = (
+        np.tanh(np.asarray(x, float) * p[0] + p[1])
+        for x, p in zip((z + hidden, z), np.asarray(params, float), strict=True)
+    )
+    w = solve(with_one(phi) @ solve(phi, psi), batch.outcome)
+    got = iv.predict(networks, state, batch.treatment, stage2=refitted.stage2)
+    error = np.linalg.norm(got - with_one(psi) @ w) / np.linalg.norm(with_one(psi) @ w)
+    assert error < limit
+    for info in (refitted.stage1_info, refitted.stage2_info):
+        assert str(cfll.Route(info.route)) == route
+        assert route == "primal" or info.rcond < 1e-5

@@ -157,3 +157,93 @@ def test_the_second_call_compiles_nothing(compilations, call):
         jax.block_until_ready(call(scale))
         counts.append(len(compilations))
     assert counts[0] < counts[1] == counts[2]
+
+
+# Long streams and means ---------------------------------------------------------------------------
+
+
+def exact_sums(features, targets):
+    """The sums in float64."""
+    features, targets = (np.asarray(a, float).reshape(-1, a.shape[-1]) for a in (features, targets))
+    sums = (features.T @ features, features.T @ targets, features.sum(0), targets.sum(0))
+    return cfll.GramStats(*sums, np.float64(len(features)))
+
+
+def largest_error(stats, exact, with_lost):
+    """The largest error of a sum, relative to its largest entry."""
+    lost = stats.lost if with_lost else jax.tree.map(jnp.zeros_like, stats.lost)
+    return max(
+        np.max(np.abs(np.asarray(a, float) + np.asarray(b, float) - c)) / np.max(np.abs(c))
+        for a, b, c in zip(stats[:-1], lost[:-1], exact[:-1], strict=True)
+    )
+
+
+@jax.jit
+def stream(features, targets):
+    """The sums over the leading axis, and what two halves of it make together."""
+
+    def sums_of(batches):
+        zeros = cfll.GramStats.zeros(batches[0].shape[-1], batches[1].shape[-1])
+        return jax.lax.scan(lambda stats, batch: (stats.add(*batch), None), zeros, batches)[0]
+
+    half = len(features) // 2
+    first, second = (sums_of((features[s], targets[s])) for s in (slice(half), slice(half, None)))
+    return sums_of((features, targets)), first.merge(second)
+
+
+def test_a_long_stream_errs_no_more_than_a_short_one():
+    # Small integers and one row per batch: no product rounds, so every error is one of summing.
+    features = RNG.integers(-8, 24, size=(40_000, 1, 3)).astype(np.float32) + np.float32(1 / 64)
+    targets = features[..., :1] - 5
+    exact = exact_sums(features, targets)
+    for stats in stream(features, targets):
+        assert largest_error(stats, exact, with_lost=False) < 1e-7
+        assert largest_error(stats, exact, with_lost=True) < 1e-12
+    naive = np.cumsum((features[:, 0] ** 2).astype(np.float32), axis=0, dtype=np.float32)[-1]
+    assert np.max(np.abs(naive - np.diag(exact.gram)) / np.diag(exact.gram)) > 1e-6
+
+
+def test_weights_are_counted_beyond_what_a_float_counts():
+    stats = SUMS._replace(weight_sum=jnp.float32(2**24))
+    for _ in range(5):
+        stats = jax.jit(cfll.GramStats.add)(stats, F[:1], Y[:1])
+    assert int(stats.weight_sum) + int(stats.lost.weight_sum) == 2**24 + 5
+    assert stats.weight_sum == np.float32(2**24 + 5)
+    assert stats.merge(stats).weight_sum == np.float32(2**25 + 10)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_many_rows_in_one_call(weighted):
+    features = RNG.normal(size=(1_000_001, 2)).astype(np.float32) + 1
+    weight = np.full(len(features), 2, np.float32) if weighted else None
+    stats = cfll.GramStats.zeros(2, 1).add(features, features[:, :1], weight)
+    exact = exact_sums(features, features[:, :1])
+    exact = jax.tree.map(lambda leaf: (1 + weighted) * leaf, exact)
+    assert largest_error(stats, exact, with_lost=False) < 2e-6  # in one product: 4e-4
+
+
+@pytest.mark.parametrize("penalize_bias", [True, False])
+@pytest.mark.parametrize(
+    ("feature_mean", "target_mean", "limit"), [(10, 0, 2e-5), (100, 0, 2e-3), (0, 1e4, 2e-5)]
+)
+def test_means_cost_few_digits_of_the_kernel(feature_mean, target_mean, limit, penalize_bias):
+    features = (RNG.normal(size=(100, 64, 4)) + feature_mean).astype(np.float32)
+    kernel = np.array([[3.0], [1.0], [-5.0], [2.0]])
+    targets = ((features - np.float64(feature_mean)) @ kernel + target_mean).astype(np.float32)
+    head, info = stream(features, targets)[0].solve(
+        cfll.LinearHead.zeros(4, 1), 1e-3, penalize_bias=penalize_bias
+    )
+    rows = np.hstack([features.reshape(-1, 4), np.ones((6400, 1))]).astype(float)
+    penalty = np.diag([1e-3] * 4 + [1e-3 * penalize_bias])
+    stacked = np.vstack([rows, np.sqrt(penalty)])
+    exact = np.linalg.lstsq(stacked, np.vstack([targets.reshape(-1, 1), np.zeros((5, 1))]))[0]
+    assert np.linalg.norm(head.kernel - exact[:4]) < limit * np.linalg.norm(exact[:4])
+    assert cfll.Route(info.route) == cfll.Route.PRIMAL
+    assert feature_mean < 100 or info.rcond < 1e-4  # says that features are shifted
+
+
+def test_sums_without_remainders_are_sums():
+    bare = cfll.GramStats(*SUMS.add(F, Y)[:-1])  # from elsewhere
+    close(bare.merge(SUMS).ridge(0.5), cfll.ridge_solve(F, Y, 0.5))
+    close(bare.ridge(0.5), cfll.ridge_solve(F, Y, 0.5))
+    close(SUMS.prox(cfll.LinearHead(jnp.ones((8, 2)), jnp.ones(2)), 1.0).kernel, np.ones((8, 2)))

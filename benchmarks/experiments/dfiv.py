@@ -345,8 +345,8 @@ def evaluate(
 ) -> tuple[jax.Array, ...]:
     """The errors `MEASURED`, in squared units of the outcome."""
     n = len(data.outcome)
-    _, refitted = iv.refit(networks, state, [data], [data], REFIT_BETA * n)
-    _, on_sum = iv.refit(networks, state, [data], [data], REFIT_BETA)
+    refitted = iv.refit(networks, state, [data], [data], REFIT_BETA * n).stage2
+    on_sum = iv.refit(networks, state, [data], [data], REFIT_BETA).stage2
 
     def error(grid: Any, head: cfll.LinearHead) -> jax.Array:
         covariate = getattr(grid, "covariate", None)

@@ -20,7 +20,7 @@ its features are the products :math:`(\psi, 1) \otimes (\xi(c), 1)`.
 spirit of Optax: two `cfll.Rule` beside two backbones. Knows no Flax (`cfll.flax` wraps modules).
 """
 
-from cfll.iv.evaluation import predict, refit
+from cfll.iv.evaluation import Refitted, predict, refit
 from cfll.iv.methods import original, proximal
 from cfll.iv.state import IVBatch, IVMethod, IVState, NetState, Networks
 from cfll.networks import Backbone
@@ -32,6 +32,7 @@ __all__ = [
     "IVState",
     "NetState",
     "Networks",
+    "Refitted",
     "original",
     "predict",
     "proximal",

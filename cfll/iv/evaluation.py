@@ -1,21 +1,26 @@
 """predict, refit: the structural function, and both heads on all data."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from cfll.heads import LinearHead
 from cfll.iv.state import (
     IVBatch,
     IVState,
     Networks,
+    check_rows,
+    check_state,
     instrument_features,
     outcome_of,
     products,
     treatment_features,
 )
-from cfll.stats import GramStats
+from cfll.samples import Samples, check_batch
+from cfll.solve import SolveInfo, penalized_solve
+from cfll.solve.problem import split_head, stack_head
 
 
 def predict(
@@ -39,11 +44,30 @@ def predict(
       Outcomes (n, o).
 
     Raises:
-      ValueError: if covariates are missing.
+      ValueError, TypeError: if covariates are missing, or the state or they do not fit.
     """
+    if networks.covariate is not None:
+        check_rows("this call", treatment=treatment, covariate=covariate)
     psi = treatment_features(networks, state, treatment)
     head = state.stage2.anchor if stage2 is None else stage2
     return head(_with_covariates(networks, state, psi, covariate))
+
+
+class Refitted(NamedTuple):
+    """Both heads on all data, and how they were solved.
+
+    Attributes:
+      stage1: W.
+      stage2: w; pass it to `predict` as ``stage2``.
+      stage1_info: a `cfll.SolveInfo` of W. Where ``rcond`` is below 1e-5 in float32, its weakest
+        directions are beyond rounding: a larger ``beta``, or float64.
+      stage2_info: the same of w, given W.
+    """
+
+    stage1: LinearHead
+    stage2: LinearHead
+    stage1_info: SolveInfo
+    stage2_info: SolveInfo
 
 
 def refit(
@@ -54,38 +78,74 @@ def refit(
     beta: jax.typing.ArrayLike = 0.01,
     *,
     penalize_bias: bool = True,
-) -> tuple[LinearHead, LinearHead]:
-    """Both heads by ridge on all data, through `cfll.GramStats`: Xu et al.'s way of evaluating.
+) -> Refitted:
+    """Both heads by ridge on all data: Xu et al.'s way of evaluating.
+
+    Of the data the triangle R of a QR factorization is kept, updated batch by batch: d + o + 1 rows
+    with the same solution. Sums would square the condition number of the features.
 
     Args:
       networks: the backbones.
       state: what was trained; networks are evaluated, ``train=False``.
       stage1_data: batches of instrument and treatment, of any sizes; read once.
       stage2_data: batches of instrument and outcome (and covariate); read once.
-      beta: penalty on a *sum* over samples, of both heads.
+      beta: scalar, the penalty on a *sum* over samples, of both heads.
       penalize_bias: as in `cfll.ridge_solve`.
 
     Returns:
-      W and w; pass w to `predict` as ``stage2``.
+      W, w and their diagnostics.
 
     Raises:
-      ValueError: if there are no batches, or data are missing from one.
+      ValueError, TypeError: if data are missing from a batch or do not fit.
     """
-    sums1, sums2 = _no_sums(state.stage1.anchor), _no_sums(state.stage2.anchor)
+    if jnp.ndim(beta) != 0:
+        raise ValueError(f"beta has shape {jnp.shape(beta)}: write a scalar, for both heads.")
+    check_state(state)
+    rows = _no_rows(state.stage1.anchor)
     for batch in stage1_data:
+        check_rows("a batch of stage1_data", **batch._asdict())
         phi = instrument_features(networks, state, batch.instrument)
-        sums1 = sums1.add(phi, treatment_features(networks, state, batch.treatment))
-    stage1 = sums1.ridge(beta, penalize_bias=penalize_bias)
+        rows = _append(rows, phi, treatment_features(networks, state, batch.treatment))
+    stage1, stage1_info = _ridge(rows, state.stage1.anchor, beta, penalize_bias)
+    rows = _no_rows(state.stage2.anchor)
     for batch in stage2_data:
+        check_rows("a batch of stage2_data", **batch._asdict())
         psi = stage1(instrument_features(networks, state, batch.instrument))
         features = _with_covariates(networks, state, psi, batch.covariate)
-        sums2 = sums2.add(features, outcome_of(batch))
-    return stage1, sums2.ridge(beta, penalize_bias=penalize_bias)
+        rows = _append(rows, features, outcome_of(batch))
+    stage2, stage2_info = _ridge(rows, state.stage2.anchor, beta, penalize_bias)
+    return Refitted(stage1, stage2, stage1_info, stage2_info)
 
 
-def _no_sums(head: LinearHead) -> GramStats:
-    d, o = head.kernel.shape
-    return GramStats.zeros(d, o, head.bias is not None, head.kernel.dtype)
+def _no_rows(head: LinearHead) -> Samples:
+    """No data for such a head: as many rows of zeros as `_append` keeps, with a ones column."""
+    m, o = stack_head(head).shape
+    zeros = jnp.zeros((m + o, m + o), head.kernel.dtype)
+    return Samples(zeros[:, :m], zeros[:, m:], None)
+
+
+def _append(rows: Samples, features: jax.Array, targets: jax.Array) -> Samples:
+    """As many rows as before, with the same sums as these and the new ones: R of a QR."""
+    m, dtype = rows.features.shape[1], rows.features.dtype
+    features, targets = check_batch(features, targets, None)
+    ones = jnp.ones((len(features), m - features.shape[1]), dtype)
+    new = jnp.concatenate([features.astype(dtype), ones, targets.astype(dtype)], axis=1)
+    old = jnp.concatenate(rows[:2], axis=1)
+    r = jnp.linalg.qr(jnp.concatenate([old, new]), mode="r")
+    return Samples(r[:, :m], r[:, m:], None)
+
+
+def _ridge(
+    rows: Samples, like: LinearHead, beta: jax.typing.ArrayLike, penalize_bias: bool
+) -> tuple[LinearHead, SolveInfo]:
+    """The ridge head of such rows, whose last feature is the bias."""
+    has_bias = like.bias is not None
+    penalty = jnp.full(rows.features.shape[1], beta, rows.features.dtype)
+    if has_bias and not penalize_bias:
+        penalty = penalty.at[-1].set(0)
+    options: Any = {"use_bias": False, "name": "beta"}
+    stacked, info = penalized_solve(rows.features, rows.targets, None, penalty, **options)
+    return split_head(stacked.kernel, has_bias), info
 
 
 def _with_covariates(

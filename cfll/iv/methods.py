@@ -16,6 +16,7 @@ from cfll.iv.state import (
     IVState,
     NetState,
     Networks,
+    check_rows,
     features_shape,
     instrument_features,
     outcome_of,
@@ -212,6 +213,7 @@ def _method(
     update = partial(_update, order == SOLVE_THEN_DESCEND)
 
     def init(batch: IVBatch) -> IVState:
+        check_rows("batch", **batch._asdict())
         treatment, instrument = networks.treatment, networks.instrument
         params, stats = (treatment.params, None), (treatment.stats, None)
         psi = features_shape(treatment, batch.treatment, "treatment")
@@ -243,10 +245,13 @@ def _method(
         return state._replace(instrument=instrument, stage1=head), loss
 
     def stage1_step(state: IVState, batch1: IVBatch) -> tuple[IVState, jax.Array]:
+        check_rows("batch1", **batch1._asdict())
         targets = treatment_features(networks, state, batch1.treatment)
         return stage1_update(state, batch1.instrument, targets)
 
     def stage2_step(state: IVState, batch1: IVBatch, batch2: IVBatch) -> tuple[IVState, jax.Array]:
+        check_rows("batch1", **batch1._asdict())
+        check_rows("batch2", **batch2._asdict())
         instrument1, instrument2 = (
             instrument_features(networks, state, batch.instrument) for batch in (batch1, batch2)
         )
@@ -272,6 +277,7 @@ def _method(
     def round_(
         state: IVState, batch1: IVBatch, batch2: IVBatch
     ) -> tuple[IVState, tuple[jax.Array, jax.Array]]:
+        check_rows("batch1", **batch1._asdict())
         # Stage 1 does not move the treatment network: its targets are computed once.
         targets = treatment_features(networks, state, batch1.treatment)
         state, losses1 = jax.lax.scan(

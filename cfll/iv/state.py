@@ -93,6 +93,19 @@ class IVMethod(NamedTuple):
     round: Callable[[IVState, IVBatch, IVBatch], tuple[IVState, tuple[jax.Array, jax.Array]]]
 
 
+def check_rows(owner: str, **fields: Any) -> None:
+    """Refuse arrays of unequal numbers of samples."""
+    shapes = {
+        name: [jnp.shape(leaf) for leaf in jax.tree.leaves(field)] for name, field in fields.items()
+    }
+    if len({shape[:1] for leaves in shapes.values() for shape in leaves}) > 1:
+        found = ", ".join(f"{name} {shape}" for name, leaves in shapes.items() for shape in leaves)
+        raise ValueError(
+            f"the arrays of {owner} have unequal numbers of samples: {found}. The first axis must "
+            "be the same samples in all of them: take the same rows of each."
+        )
+
+
 def features_shape(backbone: Backbone, inputs: Any, name: str) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a backbone's features."""
     if inputs is None:
@@ -126,13 +139,31 @@ def products(treatment: jax.Array, covariate: jax.Array) -> jax.Array:
     return jnp.concatenate([pairs.reshape(len(treatment), -1), treatment, covariate], axis=1)
 
 
+def check_state(state: Any) -> None:
+    """Refuse a state that was restored as plain containers."""
+    parts: list[tuple[str, Any, type]] = [("state", state, IVState)]
+    if isinstance(state, IVState):
+        kinds = (NetState, NetState, ClosedFormState, ClosedFormState)
+        names = [f"state.{name}" for name in state._fields]
+        parts = list(zip(names, state, kinds, strict=True))
+    for name, part, kind in parts:
+        if not isinstance(part, kind):
+            raise TypeError(
+                f"{name} is a {type(part).__name__}, not a {kind.__name__}: restored without a "
+                "target? Restore into a state: with orbax checkpointer.restore(path, "
+                "method.init(batch)), with flax serialization.from_bytes(method.init(batch), data)."
+            )
+
+
 def instrument_features(networks: Networks, state: IVState, instrument: Any) -> jax.Array:
     """phi(z), (n, d), evaluated."""
+    check_state(state)
     net, inputs = state.instrument, instrument
     return networks.instrument.apply(net.params, net.stats, inputs, train=False)[0]
 
 
 def treatment_features(networks: Networks, state: IVState, treatment: Any) -> jax.Array:
     """psi(x), (n, d), evaluated."""
+    check_state(state)
     net, inputs = state.treatment, treatment
     return networks.treatment.apply(net.params[0], net.stats[0], inputs, train=False)[0]
