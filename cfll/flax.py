@@ -24,6 +24,7 @@ import optax
 from flax import nnx
 from flax.training import train_state
 
+from cfll.keywords import parameters_of
 from cfll.networks import Backbone
 from cfll.rules.rule import known
 from cfll.transform import unbox
@@ -255,7 +256,7 @@ class _Probe:
 
 def _check_taken(tx: Any, step: Callable[..., Any], keywords: dict[str, Any], place: str) -> None:
     """Refuse keywords that nobody in the chain names as a parameter, nor uses if given."""
-    named = _parameters_of([tx.update, *filter(callable, keywords.values())])
+    named = parameters_of([tx.update, *filter(callable, keywords.values())])
     for name in sorted(set(keywords) - named):
         try:  # inject_hyperparams makes its transformation in the update: ask by doing
             probed = known(tx.update, {**keywords, name: _Probe()})
@@ -266,25 +267,3 @@ def _check_taken(tx: Any, step: Callable[..., Any], keywords: dict[str, Any], pl
             f"the keyword {name} is neither {place} nor taken by any transformation of the "
             "optimizer: it would be lost."
         )
-
-
-def _parameters_of(start: list[Any]) -> set[str]:
-    """The names of the parameters of these functions and of all that they close over."""
-    names, seen, waiting = set(), set(), list(start)
-    while waiting:
-        node = waiting.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, tuple | list):  # a GradientTransformation is a tuple of functions
-            waiting += node
-        elif isinstance(node, dict):
-            waiting += node.values()
-        elif isinstance(node, partial):
-            waiting += [node.func, *node.args]
-        elif inspect.ismethod(node):
-            waiting += [node.__func__, vars(node.__self__)]
-        elif inspect.isfunction(node):
-            names |= set(inspect.signature(node, follow_wrapped=False).parameters)
-            waiting += inspect.getclosurevars(node).nonlocals.values()
-    return names

@@ -129,8 +129,12 @@ def penalized_loss(
     *,
     penalize_bias: bool = True,
     sample_weight: jax.Array | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
-    """Eq. (12) divided by the number of samples, at any head; an anchor of None is zero."""
+    """Eq. (12) divided by the number of samples, at any head; an anchor of None is zero.
+
+    With an axis_name the part of this device: the mean over the axis is the loss of all samples.
+    """
     features, targets = samples.check_batch(features, targets, sample_weight)
     dtype = widest_dtype(head.kernel)
     rows = samples.flatten(features, targets, sample_weight, dtype)
@@ -143,6 +147,9 @@ def penalized_loss(
             step = jax.tree.map(lambda new, old: new - jnp.asarray(old, dtype), head, anchor)
         distance = _penalty_of(step, penalty, penalize_bias)
         total = rows.total()
+        if axis_name is not None:
+            total = jax.lax.pmean(total, axis_name)
+            distance = distance / jax.lax.psum(1, axis_name)
         return (squares + distance) / jnp.where(total == 0, jnp.ones((), dtype), total)
 
     run = samples.let_xla_shard(run, rows.features, jax.P())

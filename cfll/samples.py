@@ -73,13 +73,22 @@ def check_batch(features: Any, targets: Any, sample_weight: Any) -> tuple[jax.Ar
             f"{features.shape[:-1] + (targets.shape[-1:] or (1,))}."
         )
     if sample_weight is not None:
-        _check_weights(sample_weight, features.shape[:-1])
+        _check_weights(sample_weight, features.shape[:-1], targets.shape)
     return features, targets
 
 
-def _check_weights(sample_weight: Any, samples: tuple[int, ...]) -> None:
+def _check_weights(sample_weight: Any, samples: tuple[int, ...], targets: tuple[int, ...]) -> None:
     """Refuse weights that are not one number per sample (or per leading axis of samples)."""
     shape = jnp.shape(sample_weight)
+    if shape == targets and targets[-1] > 1:
+        raise ValueError(
+            f"sample_weight has the shape {shape} of targets; weights are per sample. Per output "
+            "each has a problem of its own: jax.vmap(lambda y, w: cfll.ridge_solve(features, "
+            "y[..., None], beta, sample_weight=w), in_axes=-1)(targets, sample_weight) is a head "
+            "with a first axis of outputs."
+        )
+    if jnp.iscomplexobj(sample_weight):
+        raise TypeError("sample_weight is complex; write jnp.abs(sample_weight).")
     if shape != samples[: len(shape)] or not shape:
         raise ValueError(
             f"sample_weight has shape {shape}, but the samples of features have shape {samples}: "

@@ -5,13 +5,14 @@ solution or asks the rule for one, and writes the new head as an update.
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from cfll import heads
+from cfll import heads, keywords
 from cfll.heads import HeadPath, LinearHead
 from cfll.rules.rule import (
     ClosedFormState,
@@ -35,7 +36,7 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
 
     * ``solution``: what ``rule.loss`` returned in the forward pass, Eq. (17): head, next rule state
       and diagnostics. Or a `cfll.LinearHead` from elsewhere, e.g. of `cfll.GramStats` over
-      micro-batches; the rule state then stays;
+      micro-batches; a schedule then advances, a rule that learns stays as it is;
     * ``feature_fn``: a function of the parameters that returns features (..., d). It is called on
       the parameters *after* the backbone's update: Algorithm 1 with the current batch, Algorithm 2
       with the next one;
@@ -48,7 +49,8 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
 
     Args:
       rule: `cfll.prox`, `cfll.ridge`, `cfll.averaged_ridge` or your own `cfll.Rule`.
-      head: path of the dense layer in the parameters: ``"head"``, ``"decoder/head"``, a tuple.
+      head: path of the dense layer in the parameters: ``"head"``, ``"decoder/head"``, a tuple. Its
+        leaves must serve the head alone: that features depend on them (tied weights) is not seen.
 
     Returns:
       A transformation whose state is a `cfll.ClosedFormState`. A head that is not finite (NaN in
@@ -103,8 +105,9 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
         sample_weight: Any = None,
         **extra: Any,
     ) -> tuple[Any, ClosedFormState]:
+        _check_state(state, ClosedFormState)
         if params is None:
-            raise ValueError(f"closed_form_head needs the parameters: {_EXAMPLE}.")
+            raise ValueError(f"closed_form_head needs the parameters: {keywords.EXAMPLE}.")
         old = _find_head(params, head)
         heads.check_same_head(state.anchor, old, f"the head at {head!r} in params")
         mask = heads.backbone_mask(params, head)
@@ -113,10 +116,10 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
             value.get(path) if isinstance(value, Mapping) else value
             for value in (targets, feature_fn, features, sample_weight, solution)
         )
-        _check_keywords(params, path, targets, feature_fn, features, given, sample_weight)
+        keywords.check(path, targets, feature_fn, features, given, sample_weight)
         if given is not None:
             addressed = isinstance(solution, Mapping)
-            new = _as_solution(given, state, path, None if addressed else params)
+            new = _as_solution(given, rule, state, path, None if addressed else params)
         else:
             if feature_fn is not None:
                 backbone_updates = jax.tree.map(
@@ -124,10 +127,21 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
                     mask,
                     updates,
                 )
-                features = feature_fn(optax.apply_updates(params, backbone_updates))
+                moved = optax.apply_updates(params, backbone_updates)
+                try:
+                    features = feature_fn(moved)
+                except Exception as error:
+                    if not _has_masked_nodes(params):
+                        raise
+                    raise ValueError(
+                        "feature_fn needs parameters that optax.masked or optax.partition hides "
+                        "from this transformation. Chain it after them, optax.chain(optax.masked("
+                        "...), cfll.closed_form_head(...)), use cfll.closed_form, or pass "
+                        "solution=... or features=... ."
+                    ) from error
             features = check_features(features, state)
-            keywords = known(rule.solve, {**extra, "sample_weight": sample_weight})
-            new = rule.solve(features, targets, state, **keywords)
+            extra = known(rule.solve, {**extra, "sample_weight": sample_weight})
+            new = rule.solve(features, targets, state, **extra)
         check_solution(new, state)
 
         state = advance(state, new, old)
@@ -151,12 +165,15 @@ def closed_form(
     """An optimizer for the backbone and a rule for the head.
 
     ``optax.chain(optax.masked(backbone, all but the head), closed_form_head(rule, head))``: the
-    backbone's optimizer neither sees nor stores anything for the head. It passes all keywords of
-    ``update`` on; see `closed_form_head` for those the head needs. For a second head write
-    ``closed_form(closed_form(backbone, rule_a, "a"), rule_b, "b")``.
+    backbone's optimizer neither sees nor stores anything for the head. The keywords of ``update``
+    reach it, too, but those of the head (see `closed_form_head`) only if it names them; functions
+    among them, ``value_fn`` of a line search or ``grad_fn`` of SAM, are functions of *all*
+    parameters. For a second head write ``closed_form(closed_form(backbone, rule_a, "a"), rule_b,
+    "b")``.
 
     Args:
-      backbone: any Optax optimizer.
+      backbone: an Optax optimizer, ``optax.lbfgs()`` and ``optax.contrib.sam`` among them; not
+        ``optax.lookahead``, whose parameters are pairs.
       rule: `cfll.prox`, `cfll.ridge`, `cfll.averaged_ridge` or your own `cfll.Rule`.
       head: path of the dense layer in the parameters.
 
@@ -180,7 +197,17 @@ def closed_form(
     def mask(tree: Any) -> Any:
         return heads.backbone_mask(tree, head)
 
-    return optax.chain(optax.masked(backbone, mask), closed_form_head(rule, head))
+    masked = optax.masked(backbone, mask, mask_compatible_extra_args=True)
+    solve = closed_form_head(rule, head)
+    named = keywords.parameters_of([backbone.update])
+    own = {*signature(solve.update).parameters, *signature(rule.solve).parameters}
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        _check_state(state, optax.MaskedState)
+        taken = keywords.taken(extra, named, own, params, mask)
+        return masked.update(updates, state, params, **taken)
+
+    return optax.chain(optax.GradientTransformationExtraArgs(masked.init, update), solve)
 
 
 def get_state(opt_state: Any, head: HeadPath | None = None) -> ClosedFormState:
@@ -217,7 +244,7 @@ def get_state(opt_state: Any, head: HeadPath | None = None) -> ClosedFormState:
         raise ValueError(
             f"no closed-form head {which}; this optimizer state has {sorted(found) or 'none'}. "
             "Write cfll.get_state(opt_state, head='decoder/head') for an optimizer that was made "
-            "by cfll.closed_form or holds a cfll.closed_form_head."
+            f"by cfll.closed_form or holds a cfll.closed_form_head. {_RESTORED}"
         )
     return unbox(found[wanted[0]])
 
@@ -237,7 +264,9 @@ def unbox(tree: Any) -> Any:
     return jax.tree.map(value, tree, is_leaf=is_variable)
 
 
-def _as_solution(given: Any, state: ClosedFormState, path: str, params: Any) -> Solution:
+def _as_solution(
+    given: Any, rule: Rule, state: ClosedFormState, path: str, params: Any
+) -> Solution:
     """What came as ``solution``, if it is for this head; params: it came without a path."""
     if isinstance(given, Solution):
         if given.path is not None and given.path != state.path:
@@ -255,45 +284,20 @@ def _as_solution(given: Any, state: ClosedFormState, path: str, params: Any) -> 
             f"a bare LinearHead may belong to any of {sorted(same)}, which have the same shapes: "
             f"write solution={{{path!r}: head}}."
         )
-    return Solution(given, state.rule_state, SolveInfo(Route.GIVEN, 1), state.path)
+    return Solution(given, rule.unsolved(state), SolveInfo(Route.GIVEN, 1), state.path)
 
 
-_EXAMPLE = (
-    "loss, solution = rule.loss(features, targets, cfll.get_state(opt_state)) and "
-    "tx.update(grads, opt_state, params, solution=solution), or tx.update(grads, opt_state, params,"
-    ' targets=y, feature_fn=lambda p: model.apply({"params": p}, x, method="features"))'
+_RESTORED = (
+    "If it was restored without its types, restore into tx.init(params): checkpointer.restore(path,"
+    " tx.init(params)) in Orbax, flax.serialization.from_state_dict(tx.init(params), restored)."
 )
 
 
-def _check_keywords(params, path, targets, feature_fn, features, solution, sample_weight) -> None:
-    ways = {"feature_fn": feature_fn, "features": features, "solution": solution}
-    given = [name for name, value in ways.items() if value is not None]
-    if len(given) != 1:
+def _check_state(state: Any, kind: type) -> None:
+    if not isinstance(state, kind):
         raise TypeError(
-            "closed_form_head.update needs exactly one of the keywords feature_fn, features and "
-            f"solution, got {' and '.join(given) if given else 'none'} for the head at {path!r}. "
-            f"Write {_EXAMPLE}. If you "
-            "did: flax.training.train_state.TrainState and optax.MultiSteps inside optax.chain "
-            "drop keywords; use cfll.flax.TrainState, and MultiSteps outermost."
-        )
-    if solution is not None and sample_weight is not None:
-        raise TypeError(
-            "sample_weight has no effect beside solution, which is solved already: write "
-            "rule.loss(features, targets, state, sample_weight=sample_weight)."
-        )
-    if targets is None and solution is None:
-        raise TypeError(f"closed_form_head.update needs the keyword targets. Write {_EXAMPLE}.")
-    if feature_fn is not None and not callable(feature_fn):
-        raise TypeError(
-            f"feature_fn is a {type(feature_fn).__name__}, not a function of the parameters. Pass "
-            f"arrays as features=..., or write {_EXAMPLE}."
-        )
-    if feature_fn is not None and _has_masked_nodes(params):
-        raise ValueError(
-            "feature_fn needs all parameters, but this transformation sits inside optax.masked or "
-            "optax.partition (or a second cfll.closed_form), which hides some. Chain it after "
-            "them, optax.chain(optax.masked(...), cfll.closed_form_head(...)), or pass "
-            "solution=... or features=... ."
+            f"the optimizer's state has a {type(state).__name__} where tx.init(params) has a "
+            f"{kind.__name__}. {_RESTORED}"
         )
 
 

@@ -121,7 +121,7 @@ def test_a_line_search_takes_what_its_function_takes(standard_promotion):
         optax.scale_by_backtracking_linesearch(max_backtracking_steps=3),
         cfll.closed_form_head(RULE),
     )
-    taken = cfll.flax._parameters_of([tx.update])
+    taken = cfll.keywords.parameters_of([tx.update])
     assert {"value", "grad", "value_fn", "solution"} <= taken
 
 

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cfll"
 # Bottom to top, as in cfll/__init__.py; beside the last, two-stage heads and Flax.
-LAYERS = ["heads", "samples", "solve", "stats", "losses", "rules", "transform"]
+LAYERS = ["heads", "samples", "solve", "stats", "losses", "rules", "keywords", "transform"]
 LAYERS += ["networks", "iv", "flax"]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,6 +1,11 @@
 """Rules in the Eq. (17) order and as Algorithm 1: losses, states, wrappers, several heads."""
 
 import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import flax.linen as nn
@@ -15,6 +20,7 @@ import cfll
 import cfll.flax
 from tests.halving import halving
 
+PROX3 = cfll.prox(3.0)
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(24, 3)), jnp.float32)
 Y = jnp.asarray(np.sin(RNG.normal(size=(24, 2))), jnp.float32)
@@ -143,6 +149,27 @@ def test_a_schedule_advances_in_the_order_of_equation_17():
     np.testing.assert_allclose(state.lam, schedule(9), rtol=1e-6)
     assert cfll.Route(state.info.route) is cfll.Route.PRIMAL
     assert 0 < float(state.info.rcond) < 1
+
+
+@pytest.mark.parametrize("make", [cfll.prox, cfll.ridge, lambda s: cfll.averaged_ridge(s, 0.5)])
+def test_a_schedule_advances_beside_a_head_from_elsewhere(make):
+    schedule = optax.linear_schedule(1.0, 100.0, 10)
+    for rule, lams in ((make(schedule), [1.0, 10.9, 20.8]), (cfll.every(2, PROX3), [3.0] * 3)):
+        tx, params = cfll.closed_form_head(rule), make_params()
+        state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+        for lam in lams:
+            given = cfll.LinearHead(jnp.ones((5, 2)), jnp.ones(2))
+            _, state = tx.update(zeros, state, params, solution=given)
+            np.testing.assert_allclose(state.lam, lam, rtol=1e-6)
+
+
+def test_a_rule_that_learns_stays_beside_a_head_from_elsewhere():
+    tx, params = cfll.closed_form_head(halving(8.0)), make_params()
+    state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    given = cfll.LinearHead(jnp.ones((5, 2)), jnp.ones(2))
+    _, new = tx.update(zeros, state, params, solution=given)
+    chex.assert_trees_all_equal(new.rule_state, state.rule_state)
+    assert int(new.count) == 1
 
 
 def test_a_rejected_solution_keeps_head_and_rule_state():
@@ -285,10 +312,54 @@ def test_extra_keywords_reach_the_rule_and_others_are_refused():
         rule.loss(phi, Y, state, gian=2.0)
 
 
+# Devices that share a batch ----------------------------------------------------------------------
+
+
+def test_four_devices_with_an_axis_train_as_one():
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "-m", "tests.replicated"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == 5
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("penalize_bias", [True, False])
+def test_an_axis_of_vmap_is_a_batch_in_parts(x64, penalize_bias):
+    options = {"penalize_bias": penalize_bias}
+    state = cfll.get_state(cfll.closed_form_head(cfll.ridge(0.7)).init(make_params(jnp.float64)))
+    phi, y = features_of(make_params(jnp.float64), X.astype(jnp.float64)), Y.astype(jnp.float64)
+    weights = jnp.arange(24.0) % 3
+
+    def in_parts(array):
+        return array.reshape(4, 6, *array.shape[1:])
+
+    for make in (cfll.prox, cfll.ridge, lambda lam, **kw: cfll.averaged_ridge(lam, 0.5, **kw)):
+        alone = make(0.7, solver="primal", **options)
+        expected, whole = alone.loss(phi, y, state, sample_weight=weights)
+        rule = make(0.7, axis_name="i", **options)
+
+        def part(phi, y, weights, rule=rule):
+            return rule.loss(phi, y, state, sample_weight=weights)
+
+        losses, parts = jax.vmap(part, axis_name="i")(*map(in_parts, (phi, y, weights)))
+        np.testing.assert_allclose(losses.mean(), expected, rtol=1e-12)
+        for k in range(4):
+            one = jax.tree.map(lambda leaf: leaf[k], parts.head)  # noqa: B023
+            chex.assert_trees_all_close(one, whole.head, rtol=1e-10, atol=1e-12)
+
+
+def test_an_axis_solves_from_sums_alone():
+    with pytest.raises(ValueError, match="leave out solver='qr'"):
+        cfll.prox(1.0, axis_name="i", solver="qr")
+
+
 # Where the state is ------------------------------------------------------------------------------
 
 
-RULE = cfll.prox(3.0)
+RULE = PROX3
 LABELS = {"w": "a", "head": {"kernel": "b", "bias": "b"}}
 WRAPPERS = {
     "closed_form": cfll.closed_form(optax.sgd(0.1), RULE),
@@ -460,3 +531,27 @@ def test_solutions_that_do_not_fit(keywords, words):
     with pytest.raises(TypeError) as caught:
         tx.update(zeros, tx.init(params), params, **keywords)
     assert words in str(caught.value)
+
+
+# Weights ------------------------------------------------------------------------------------------
+
+
+def test_weights_of_outputs_are_refused_with_a_way_that_works():
+    weights = jnp.asarray(RNG.integers(0, 2, size=(24, 2)), jnp.float32)
+    targets = jnp.where(weights == 0, jnp.nan, Y)  # missing, one by one
+    with pytest.raises(ValueError, match="weights are per sample") as caught:
+        cfll.ridge_solve(X, targets, 0.5, sample_weight=weights)
+    code = str(caught.value).split("of its own: ")[1].split(" is a head")[0]
+    names = {"jax": jax, "cfll": cfll, "features": X, "beta": 0.5}
+    heads = eval(code, {**names, "targets": targets, "sample_weight": weights})  # as a user would
+    for k in range(2):
+        rows = np.asarray(weights[:, k] == 1)
+        phi = np.c_[np.asarray(X, np.float64), np.ones(24)][rows]
+        expected = np.linalg.solve(phi.T @ phi + 0.5 * np.eye(4), phi.T @ np.asarray(Y)[rows, k])
+        got = np.r_[heads.kernel[k, :, 0], heads.bias[k]]
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_complex_weights_are_refused():
+    with pytest.raises(TypeError, match=r"jnp\.abs"):
+        cfll.ridge_solve(X, Y, 0.5, sample_weight=jnp.full(24, 1 + 1j))

@@ -1,15 +1,17 @@
 """prox: stay near the previous head."""
 
-from typing import Any
-
-import jax.numpy as jnp
-
-from cfll.losses import penalized_loss
-from cfll.rules.rule import Penalty, Rule, Solution, penalty_state
-from cfll.solve import CG, penalized_solve
+from cfll.rules.penalized import AxisName, penalized_rule
+from cfll.rules.rule import Penalty, Rule
+from cfll.solve import CG
 
 
-def prox(lam: Penalty, *, penalize_bias: bool = True, solver: str | CG = "auto") -> Rule:
+def prox(
+    lam: Penalty,
+    *,
+    penalize_bias: bool = True,
+    solver: str | CG = "auto",
+    axis_name: AxisName | None = None,
+) -> Rule:
     r"""The proximal rule: stay near the previous head.
 
     .. math:: W_{t+1} = \arg\min_W \sum_i \|y_i - W^\top \phi_i\|^2 + \lambda \|W - W_t\|_F^2
@@ -21,9 +23,17 @@ def prox(lam: Penalty, *, penalize_bias: bool = True, solver: str | CG = "auto")
       lam: the proximal coefficient, multiplying a *sum* over samples: scalar, (d,) or (d, d), or an
         Optax schedule of the number of updates.
       penalize_bias, solver: as in `cfll.prox_solve`.
+      axis_name: inside ``pmap`` or ``shard_map``, the mapped axis (or axes) whose devices share the
+        batch, as in batch norm: the head is then that of all samples, from their `GramStats`, in
+        one all-reduce; the mean of the losses over the axis is the loss of all samples, and the
+        mean of the gradients its gradient. Without it every device solves for its own samples, and
+        replicas part.
 
     Returns:
       A `cfll.Rule`.
+
+    Raises:
+      ValueError: for a ``solver`` beside ``axis_name``.
 
     Examples:
       >>> import optax
@@ -32,26 +42,4 @@ def prox(lam: Penalty, *, penalize_bias: bool = True, solver: str | CG = "auto")
     References:
       Closed-Form Last Layer Optimization, Eq. (13), (14) and (17).
     """
-
-    def init(anchor):
-        return penalty_state(lam, jnp.zeros((), jnp.int32), anchor)
-
-    def solve(features, targets, state, *, sample_weight=None):
-        rule_state = penalty_state(lam, state.count, state.anchor)
-        head, info = penalized_solve(
-            features,
-            targets,
-            state.anchor,
-            rule_state.lam if callable(lam) else lam,
-            penalize_bias=penalize_bias,
-            sample_weight=sample_weight,
-            solver=solver,
-        )
-        return Solution(head, rule_state, info)
-
-    def objective(solution, features, targets, state, *, sample_weight=None):
-        keywords: dict[str, Any] = {"penalize_bias": penalize_bias, "sample_weight": sample_weight}
-        penalty = solution.rule_state.lam
-        return penalized_loss(solution.head, features, targets, state.anchor, penalty, **keywords)
-
-    return Rule(init, solve, objective)
+    return penalized_rule("lam", lam, penalize_bias, solver, axis_name)

@@ -1,17 +1,21 @@
 """ridge, averaged_ridge: the best head of the batch, alone or averaged with those before."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from cfll.heads import widest_dtype
-from cfll.losses import penalized_loss
-from cfll.rules.rule import Penalty, Rule, Solution, penalty_state
-from cfll.solve import CG, penalized_solve
+from cfll.rules.penalized import AxisName, penalized_rule
+from cfll.rules.rule import Penalty, Rule
+from cfll.solve import CG
 
 
-def ridge(beta: Penalty, *, penalize_bias: bool = True, solver: str | CG = "auto") -> Rule:
+def ridge(
+    beta: Penalty,
+    *,
+    penalize_bias: bool = True,
+    solver: str | CG = "auto",
+    axis_name: AxisName | None = None,
+) -> Rule:
     r"""The ridge rule: the best head of the current batch, forgetting the previous one.
 
     .. math:: W_{t+1} = \arg\min_W \sum_i \|y_i - W^\top \phi_i\|^2 + \beta \|W\|_F^2
@@ -22,6 +26,7 @@ def ridge(beta: Penalty, *, penalize_bias: bool = True, solver: str | CG = "auto
     Args:
       beta: the penalty, multiplying a *sum* over samples: scalar, (d,) or (d, d), or a schedule.
       penalize_bias, solver: as in `cfll.ridge_solve`.
+      axis_name: as in `cfll.prox`.
 
     Returns:
       A `cfll.Rule`.
@@ -32,11 +37,16 @@ def ridge(beta: Penalty, *, penalize_bias: bool = True, solver: str | CG = "auto
     References:
       Closed-Form Last Layer Optimization, Eq. (9) and (11).
     """
-    return averaged_ridge(beta, decay=0.0, penalize_bias=penalize_bias, solver=solver)
+    return penalized_rule("beta", beta, penalize_bias, solver, axis_name)
 
 
 def averaged_ridge(
-    beta: Penalty, decay: float, *, penalize_bias: bool = True, solver: str | CG = "auto"
+    beta: Penalty,
+    decay: float,
+    *,
+    penalize_bias: bool = True,
+    solver: str | CG = "auto",
+    axis_name: AxisName | None = None,
 ) -> Rule:
     r"""The averaging baseline of Barboni et al. (2025): a moving average of ridge heads.
 
@@ -49,6 +59,7 @@ def averaged_ridge(
       beta: the penalty, multiplying a *sum* over samples: scalar, (d,) or (d, d), or a schedule.
       decay: mu, in [0, 1); 0 is `ridge`.
       penalize_bias, solver: as in `cfll.ridge_solve`.
+      axis_name: as in `cfll.prox`.
 
     Returns:
       A `cfll.Rule`.
@@ -66,35 +77,17 @@ def averaged_ridge(
     if not isinstance(decay, jax.core.Tracer) and not 0 <= float(decay) < 1:
         raise ValueError(f"decay is {decay}; write 0 <= decay < 1, e.g. 0.5.")
 
-    def init(anchor):
-        return penalty_state(beta, jnp.zeros((), jnp.int32), anchor)
+    rule = penalized_rule("beta", beta, penalize_bias, solver, axis_name)
 
     def solve(features, targets, state, *, sample_weight=None):
-        rule_state = penalty_state(beta, state.count, state.anchor)
-        head, info = penalized_solve(
-            features,
-            targets,
-            None,
-            rule_state.lam if callable(beta) else beta,
-            use_bias=state.anchor.bias is not None,
-            penalize_bias=penalize_bias,
-            sample_weight=sample_weight,
-            solver=solver,
-            name="beta",
-        )
-        dtype = widest_dtype(head.kernel, state.anchor.kernel)
+        new = rule.solve(features, targets, state, sample_weight=sample_weight)
+        dtype = widest_dtype(new.head.kernel, state.anchor.kernel)
         mu = jnp.asarray(decay, dtype)
         head = jax.tree.map(
             lambda new, old: mu * jnp.asarray(old, dtype) + (1 - mu) * jnp.asarray(new, dtype),
-            head,
+            new.head,
             state.anchor,
         )
-        return Solution(head, rule_state, info)
+        return new._replace(head=head)
 
-    def objective(solution, features, targets, state, *, sample_weight=None):
-        del state
-        options: Any = {"penalize_bias": penalize_bias, "sample_weight": sample_weight}
-        penalty = solution.rule_state.lam
-        return penalized_loss(solution.head, features, targets, None, penalty, **options)
-
-    return Rule(init, solve, objective)
+    return rule._replace(solve=solve)

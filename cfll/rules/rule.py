@@ -8,6 +8,7 @@ that returns a `Rule`; nothing else changes.
 
 import inspect
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -70,7 +71,7 @@ class ClosedFormState(NamedTuple):
 
     @property
     def lam(self) -> jax.Array:
-        """The penalty of the last solve."""
+        """The penalty of the last update: of its solve, or a schedule's value for a given head."""
         return self.rule_state.lam
 
 
@@ -108,6 +109,8 @@ class Rule(NamedTuple):
       objective: ``objective(solution, features, targets, state, *, sample_weight) -> loss``, what
         the backbone descends on, at the fixed new head; by default the squared loss, a mean over
         samples and sum over outputs.
+      unsolved: ``unsolved(state) -> rule_state``, the next one where the head came from elsewhere,
+        a `LinearHead` as ``solution``; by default the old one.
 
     Examples:
       A rule that solves only the first head and keeps it:
@@ -124,6 +127,7 @@ class Rule(NamedTuple):
     init: Callable[[LinearHead], Any]
     solve: Callable[..., Solution]
     objective: Callable[..., jax.Array] = _squared_loss
+    unsolved: Callable[[ClosedFormState], Any] = attrgetter("rule_state")
 
     def loss(
         self,
@@ -279,7 +283,7 @@ class PenaltyState(NamedTuple):
     """The state of `cfll.prox`, `cfll.ridge` and `cfll.averaged_ridge`.
 
     Attributes:
-      lam: the penalty of the last solve (its beta for the ridge rules), float32 or float64. A
+      lam: the penalty of the last update (beta for the ridge rules), float32 or float64. A
         record: change it through a schedule or ``optax.inject_hyperparams``, not here.
     """
 
