@@ -355,7 +355,10 @@ def check(case):
         found = jax.tree.map(np.asarray, found)
     _, tolerance, tolerance_of_derivative = DTYPES[case.dtype]
     if case.solver == "cg":  # as far as it iterates
-        tolerance, tolerance_of_derivative = max(tolerance, 1e-5), max(tolerance_of_derivative, 1e-4)
+        tolerance, tolerance_of_derivative = (
+            max(tolerance, 1e-5),
+            max(tolerance_of_derivative, 1e-4),
+        )
     assert len(found) == len(problems)
     for (rows, slope), problem in zip(found, problems, strict=True):
         expected, expected_slope = oracle(case, problem)
