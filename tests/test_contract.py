@@ -21,6 +21,12 @@ def test_every_solver_by_every_way_of_calling(case):
     contract.check(case)
 
 
+def test_any_two_options_meet():
+    cases = [case[2:] for case in contract.covering_cases(contract.WAYS)]
+    met, all_pairs = (set().union(*map(contract.pairs, rows)) for rows in (cases, contract.OPTIONS))
+    assert met == all_pairs
+
+
 def test_every_solver_on_several_devices():
     report = json.loads(outputs_of(start("contract"))[0])
     assert report["devices"] == contract.DEVICES
@@ -40,9 +46,11 @@ Y = np.random.default_rng(1).normal(size=(12, 2)).astype(np.float32)
 W = np.arange(12, dtype=np.float32) % 3
 HEAD = cfll.LinearHead.zeros(4, 2)
 SUMS = cfll.GramStats.zeros(4, 2).add(F, Y)
+FAST = {"solver": "primal"}  # to compile; "auto" is called by itself
+RULE = cfll.prox(1.0, **FAST)
 PARAMS = {"w": jnp.eye(4), "head": {"kernel": jnp.zeros((4, 2)), "bias": jnp.zeros(2)}}
-TX = cfll.closed_form(optax.sgd(0.1), cfll.prox(1.0))
-STATE, HEAD_STATE = TX.init(PARAMS), cfll.closed_form_head(cfll.prox(1.0)).init(PARAMS)
+TX = cfll.closed_form(optax.sgd(0.1), RULE)
+STATE, HEAD_STATE = TX.init(PARAMS), cfll.closed_form_head(RULE).init(PARAMS)
 
 
 def gradient(function):
@@ -75,12 +83,12 @@ CALLS = {
     "prox_solve, python float": lambda s: cfll.prox_solve(F, Y, HEAD, float(s)),
     "ridge_solve": lambda s: cfll.ridge_solve(F, s * Y, s, sample_weight=s * W),
     "ridge_solve, free": lambda s: cfll.ridge_solve(F, s * Y, s, penalize_bias=False),
-    "ridge_solve, gradient": gradient(lambda f, s: cfll.ridge_solve(f, Y, s).kernel.sum(0)),
+    "ridge_solve, gradient": gradient(lambda f, s: cfll.ridge_solve(f, Y, s, **FAST).kernel.sum(0)),
     "penalized_solve": lambda s: cfll.penalized_solve(F, Y, HEAD, s),
-    "prox_loss": lambda s: cfll.prox_loss(s * F, Y, HEAD, s, sample_weight=s * W),
-    "prox_loss, gradient": gradient(lambda f, s: cfll.prox_loss(f, Y, HEAD, s)),
-    "ridge_loss": lambda s: cfll.ridge_loss(s * F, Y, s),
-    "ridge_loss, gradient": gradient(lambda f, s: cfll.ridge_loss(f, Y, s)),
+    "prox_loss": lambda s: cfll.prox_loss(s * F, Y, HEAD, s, sample_weight=s * W, **FAST),
+    "prox_loss, gradient": gradient(lambda f, s: cfll.prox_loss(f, Y, HEAD, s, **FAST)),
+    "ridge_loss": lambda s: cfll.ridge_loss(s * F, Y, s, **FAST),
+    "ridge_loss, gradient": gradient(lambda f, s: cfll.ridge_loss(f, Y, s, **FAST)),
     "LinearHead": lambda s: cfll.LinearHead(HEAD.kernel, HEAD.bias)(s * F),
     "LinearHead.zeros": lambda s: cfll.LinearHead.zeros(4, 2),
     "get_head": lambda s: cfll.get_head(PARAMS, "head"),
@@ -93,16 +101,16 @@ CALLS = {
     "GramStats.ridge, free": lambda s: SUMS.ridge(s, penalize_bias=False),
     "GramStats.prox": lambda s: SUMS.prox(HEAD, s),
     "GramStats.solve": lambda s: SUMS.solve(HEAD, s * np.ones(4, np.float32)),
-    "prox": loss_of(cfll.prox(1.0)),
-    "ridge": loss_of(cfll.ridge(1.0)),
-    "averaged_ridge": loss_of(cfll.averaged_ridge(1.0, 0.5), sample_weight=W),
-    "every": loss_of(cfll.every(2, cfll.prox(1.0))),
-    "schedule": loss_of(cfll.prox(optax.constant_schedule(1.0))),
-    "prox, gradient": gradient(lambda f, s: cfll.prox(1.0).loss(f, Y, cfll.get_state(STATE))),
-    "closed_form.init": lambda s: cfll.closed_form(optax.sgd(0.1), cfll.prox(1.0)).init(PARAMS),
+    "prox": loss_of(RULE),
+    "ridge": loss_of(cfll.ridge(1.0, **FAST)),
+    "averaged_ridge": loss_of(cfll.averaged_ridge(1.0, 0.5, **FAST), sample_weight=W),
+    "every": loss_of(cfll.every(2, RULE)),
+    "schedule": loss_of(cfll.prox(optax.constant_schedule(1.0), **FAST)),
+    "prox, gradient": gradient(lambda f, s: RULE.loss(f, Y, cfll.get_state(STATE))),
+    "closed_form.init": lambda s: cfll.closed_form(optax.sgd(0.1), RULE).init(PARAMS),
     "update, head": update(solution=lambda s: HEAD),
-    "update, solution": update(solution=lambda s: loss_of(cfll.prox(1.0))(s)[1]),
-    "update, closed_form_head": lambda s: cfll.closed_form_head(cfll.prox(1.0)).update(
+    "update, solution": update(solution=lambda s: loss_of(RULE)(s)[1]),
+    "update, closed_form_head": lambda s: cfll.closed_form_head(RULE).update(
         PARAMS, HEAD_STATE, PARAMS, targets=Y, features=s * F
     ),
     "update, features": update(features=lambda s: s * F, targets=lambda s: Y),
