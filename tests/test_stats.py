@@ -118,45 +118,7 @@ def test_samples_may_be_sharded_over_an_explicit_mesh():
         close(head, cfll.ridge_solve(F, Y, 1.0))
 
 
-# Outside of jit -----------------------------------------------------------------------------------
-
-ANCHOR = cfll.LinearHead.zeros(8, 2)
 SUMS = cfll.GramStats.zeros(8, 2)
-
-
-@pytest.fixture(scope="module")
-def compilations():
-    """The compilations so far, a list that grows."""
-    events = []
-
-    def listen(event, duration, **_):
-        if "backend_compile" in event:
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    return events
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda scale: cfll.ridge_solve(F, scale * Y, scale),
-        lambda scale: cfll.ridge_solve(F, Y, scale, penalize_bias=False, sample_weight=W),
-        lambda scale: cfll.prox_solve(F, scale * Y, ANCHOR, scale, solver="dual"),
-        lambda scale: cfll.prox_solve(F, Y, ANCHOR, scale * np.eye(8, dtype=np.float32)),
-        lambda scale: SUMS.add(scale * F, Y, W),
-        lambda scale: SUMS.ridge(scale),
-        lambda scale: SUMS.ridge(scale, penalize_bias=False),
-        lambda scale: SUMS.prox(ANCHOR, scale),
-    ],
-)
-def test_the_second_call_compiles_nothing(compilations, call):
-    jax.clear_caches()
-    counts = [len(compilations)]
-    for scale in (np.float32(0.5), np.float32(2.0)):  # another penalty, other data
-        jax.block_until_ready(call(scale))
-        counts.append(len(compilations))
-    assert counts[0] < counts[1] == counts[2]
 
 
 # Long streams and means ---------------------------------------------------------------------------
