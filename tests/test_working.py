@@ -135,6 +135,21 @@ def test_huber_with_a_large_delta_is_prox():
 # The loss never rises ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["softmax", "logistic", "huber"])
+def test_the_parabola_is_above_the_loss(name):
+    rng = np.random.default_rng(7)
+    scales = 10 ** rng.uniform(-2, 2, (2, 10_000, 1))
+    at, z = scales * rng.normal(size=(2, 10_000, 3))
+    y = make_targets(name, rng, 10_000, 3)
+    slope, c = -2 * np.clip(y - at, -1, 1), 1 / np.maximum(abs(y - at), 1)
+    if name == "softmax":
+        slope, c = np.exp(at - logsumexp(at, axis=1, keepdims=True)) - y, 1 / 4
+    if name == "logistic":
+        slope, c = expit(at) - y, 1 / 8
+    parabola = LOSSES[name](at, y) + np.sum(slope * (z - at) + c * (z - at) ** 2, axis=1)
+    assert (LOSSES[name](z, y) <= parabola * (1 + 1e-9) + 1e-9).all()
+
+
 @st.composite
 def problems(draw, name):
     """Features of any scale, weights with zeros, an anchor that may be far from any optimum."""
