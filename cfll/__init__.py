@@ -7,7 +7,20 @@ imported by those who use Flax.
 
 from cfll.heads import LinearHead, get_head, set_head
 from cfll.losses import prox_loss, ridge_loss
-from cfll.rules import ClosedFormState, HeadInfo, Rule, Solution, averaged_ridge, every, prox, ridge
+from cfll.rules import (
+    ClosedFormState,
+    HeadInfo,
+    Rule,
+    Solution,
+    averaged_ridge,
+    every,
+    huber,
+    logistic,
+    poisson,
+    prox,
+    ridge,
+    softmax,
+)
 from cfll.solve import CG, Route, SolveInfo, penalized_solve, prox_solve, ridge_solve
 from cfll.stats import GramStats
 from cfll.transform import closed_form, closed_form_head, get_state
@@ -30,7 +43,10 @@ __all__ = [
     "every",
     "get_head",
     "get_state",
+    "huber",
+    "logistic",
     "penalized_solve",
+    "poisson",
     "prox",
     "prox_loss",
     "prox_solve",
@@ -38,4 +54,5 @@ __all__ = [
     "ridge_loss",
     "ridge_solve",
     "set_head",
+    "softmax",
 ]

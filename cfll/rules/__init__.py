@@ -4,6 +4,7 @@ from cfll.rules.every import every
 from cfll.rules.prox import prox
 from cfll.rules.ridge import averaged_ridge, ridge
 from cfll.rules.rule import ClosedFormState, HeadInfo, PenaltyState, Rule, Solution
+from cfll.rules.working import huber, logistic, poisson, softmax
 
 __all__ = [
     "ClosedFormState",
@@ -13,6 +14,10 @@ __all__ = [
     "Solution",
     "averaged_ridge",
     "every",
+    "huber",
+    "logistic",
+    "poisson",
     "prox",
     "ridge",
+    "softmax",
 ]
