@@ -112,7 +112,7 @@ def test_outputs_of_the_head_may_be_sharded(report):
     # them, and every device solves for all outputs.
     found = report["outputs"]["jit, prox_solve"]["collectives"]
     assert [size for operation, size in found if operation == "all-gather"] == [CROSS]
-    # The mean of the residual; the size of the solution, which a step of refinement is compared with.
+    # The mean of the residual, and the size of the solution, for a step of refinement.
     reduced = sum(size for operation, size in found if operation == "all-reduce")
     assert reduced == GRAM + CROSS // 2 + sharded.O // 2 + 3
 

@@ -11,7 +11,7 @@ formed. With its eigenvectors, :math:`B = V \, \mathrm{diag}(b) V^\top`,
 
 Where the data's part of b is below rounding it is noise, as it is for repeated features, and the
 quotient of noise and a small penalty would be a huge weight: such a direction gets no correction,
-as in exact arithmetic. Refinement follows.
+as in exact arithmetic. Refinement follows, and then what the penalties alone ask for there.
 
 The rows of M L^{-T}, as many as the features, are never kept: "auto" sets the memory of this solver
 aside in every step, taken or not.
@@ -23,13 +23,14 @@ matrices, SIAM J. Sci. Comput. 42 (2020).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cfll.heads import LinearHead
 from cfll.samples import varying_like
-from cfll.solve.cholesky import cholesky, dot, lower_gram
+from cfll.solve.cholesky import cho_solve, cholesky, dot, lower_gram
 from cfll.solve.primal import NormalEquations, Primal, refine_by_data
 from cfll.solve.problem import Problem, Residual, bordered_gram, split_head, stack_head
 from cfll.solve.route import Route, SolveInfo
@@ -50,9 +51,15 @@ class QR(Primal):
         residual: Residual,
         anchor: LinearHead | None,
     ) -> tuple[LinearHead, SolveInfo]:
-        solve = self.inverse(factor, problem)
-        x = solve(stack_head(factor.right_hand_side))
-        x = refine_by_data(solve, problem, x, residual, jnp.full((), _STEPS, jnp.int32), anchor)
+        basis = _find_basis(problem)
+        limit = jnp.full((), _STEPS, jnp.int32)
+        x = basis.solve(stack_head(factor.right_hand_side))
+        x = refine_by_data(basis.solve, problem, x, residual, limit, anchor)
+        # Rounding has left something in the directions without data, as much as it is of the shift.
+        nothing = Residual(jnp.zeros_like(residual.rows), residual.mean)
+        penalized = problem.penalize(split_head(x, problem.has_bias))
+        pull = jax.tree.map(jnp.subtract, problem.right_hand_side(nothing), penalized)
+        x = x + basis.solve_without_data(stack_head(pull))
         return split_head(x, problem.has_bias), SolveInfo(Route.QR, factor.rcond)
 
     def inverse(
@@ -60,23 +67,51 @@ class QR(Primal):
     ) -> Callable[[jax.Array], jax.Array]:
         """The function that maps rows, (d + 1, k), to A^{-1} rows."""
         del factor  # made of squares, which may be out of range
-        penalties = _penalties(problem)
-        unit = _largest_of_columns(problem, penalties)
-        matrix = _gram(problem, lambda rows: rows / unit) + penalties / unit / unit.T
-        m, eps = len(matrix), jnp.finfo(matrix.dtype).eps
-        diagonal = jnp.diagonal(matrix)
-        diagonal = jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal)
-        lower = cholesky(matrix + _SHIFT * math.sqrt(m) * eps * jnp.diag(diagonal))
-        whiten = jax.lax.linalg.triangular_solve(
-            lower, jnp.diag(1 / unit[0]), left_side=True, lower=True
-        )
-        data = _gram(problem, lambda rows: dot(rows, whiten.T))
-        b, v = jnp.linalg.eigh(data + dot(whiten, dot(penalties, whiten.T)))
-        from_data = jnp.sum(v * dot(data, v), axis=0)
-        seen = (from_data > _NOISE * math.sqrt(m) * eps) | (b > 1 / (_SHIFT * math.sqrt(m)))
-        inverse = jnp.where(seen | jnp.isnan(b), 1 / b, jnp.zeros_like(b))
-        v = dot(whiten.T, v)
-        return lambda rows: dot(v, inverse[:, None] * dot(v.T, rows))
+        return _find_basis(problem).solve
+
+
+class _Basis(NamedTuple):
+    """Directions in which A is diagonal: v^T A v = diag(b)."""
+
+    v: jax.Array  # L^{-T} V, (d + 1, d + 1)
+    inverse: jax.Array  # 1 / b, zero where the data are noise, (d + 1, 1)
+    penalties: jax.Array  # diag(Lambda, mu), (d + 1, d + 1)
+
+    def solve(self, rows: jax.Array) -> jax.Array:
+        """A^{-1} rows, where the data are more than noise."""
+        return dot(self.v, self.inverse * dot(self.v.T, rows))
+
+    def solve_without_data(self, rows: jax.Array) -> jax.Array:
+        """A^{-1} rows in the other directions, where A is the penalties."""
+        without = self.inverse == 0
+        v = jnp.where(without.T, self.v, jnp.zeros_like(self.v))
+        matrix = dot(v.T, dot(self.penalties, v))
+        unit = jnp.sqrt(jnp.diagonal(matrix))[:, None]
+        unit = jnp.where(unit > 0, unit, jnp.ones_like(unit))
+        matrix = matrix / unit / unit.T
+        fill = jnp.where(jnp.diagonal(matrix) > 0, 0, 1)  # ones for the directions with data
+        v = v / unit.T
+        return dot(v, cho_solve(cholesky(matrix + jnp.diag(fill)), dot(v.T, rows)))
+
+
+def _find_basis(problem: Problem) -> _Basis:
+    """The directions of A by Cholesky factors and eigenvectors."""
+    penalties = _penalties(problem)
+    unit = _largest_of_columns(problem, penalties)
+    matrix = _gram(problem, lambda rows: rows / unit) + penalties / unit / unit.T
+    m, eps = len(matrix), jnp.finfo(matrix.dtype).eps
+    diagonal = jnp.diagonal(matrix)
+    diagonal = jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal)
+    lower = cholesky(matrix + _SHIFT * math.sqrt(m) * eps * jnp.diag(diagonal))
+    whiten = jnp.diag(1 / unit[0])
+    whiten = jax.lax.linalg.triangular_solve(lower, whiten, left_side=True, lower=True)
+
+    data = _gram(problem, lambda rows: dot(rows, whiten.T))
+    b, v = jnp.linalg.eigh(data + dot(whiten, dot(penalties, whiten.T)))
+    from_data = jnp.sum(v * dot(data, v), axis=0)
+    seen = (from_data > _NOISE * math.sqrt(m) * eps) | (b > 1 / (_SHIFT * math.sqrt(m)))
+    inverse = jnp.where(seen | jnp.isnan(b), 1 / b, jnp.zeros_like(b))
+    return _Basis(dot(whiten.T, v), inverse[:, None], penalties)
 
 
 def _penalties(problem: Problem) -> jax.Array:
