@@ -4,7 +4,6 @@ For data larger than memory, micro-batches and several devices: the sums of a da
 of its parts, in any chunking. Uses the bordered system of `cfll.solve`, one layer below.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,14 +13,12 @@ import jax.numpy as jnp
 from cfll import samples
 from cfll.heads import LinearHead, check_anchor, widest_dtype
 from cfll.solve import Route, SolveInfo
-from cfll.solve.cholesky import cho_solve, cholesky_with_rcond, dot
+from cfll.solve.cholesky import cho_solve, cholesky_with_rcond, dot, dot_over_rows
 from cfll.solve.problem import add, as_penalty, bias_penalty_of, bordered_gram, check_penalty
 
 # Refinement needs the data. Below this rcond, in multiples of the machine epsilon, who has only
 # sums cannot solve by Cholesky.
 _SINGULAR = 1e2
-# How many rows one product may sum over: an error of eps for each, if all go one way.
-_BLOCK = 4096
 
 _Pair = tuple[jax.Array, jax.Array]  # a rounded sum, and what rounding lost
 
@@ -187,24 +184,11 @@ def _lost(stats: GramStats) -> GramStats:
 
 
 def _sums_of(with_bias: bool, rows: samples.Samples) -> GramStats:
-    """The sums over one batch; those of many rows by blocks: a long sum errs by its length."""
-    n, d = rows.features.shape
-    # A power of two, so that no block of sharded rows lies on two devices.
-    blocks = 2 ** int(math.log2(max(n // max(d, _BLOCK), 1)))
-    if blocks > 1:
-        cut = n - n % blocks
-        split = jax.tree.map(lambda rows: rows[:cut].reshape(blocks, -1, *rows.shape[1:]), rows)
-        parts = jax.vmap(partial(_sums_of, with_bias))(split)
-        parts = jax.lax.optimization_barrier(parts)  # XLA makes one long sum of two
-        sums = jax.tree.map(lambda part: jnp.sum(part, axis=0), parts)
-        if cut == n:
-            return sums
-        rest = jax.tree.map(lambda rows: rows[cut:], rows)
-        return jax.tree.map(jnp.add, sums, _sums_of(with_bias, rest))
+    """The sums over one batch."""
     weighted = rows.weigh(rows.features)
     return GramStats(
-        gram=dot(rows.features.T, weighted),
-        cross=dot(weighted.T, rows.targets),
+        gram=dot_over_rows(rows.features, weighted),
+        cross=dot_over_rows(weighted, rows.targets),
         feature_sum=jnp.sum(weighted, axis=0) if with_bias else None,
         target_sum=jnp.sum(rows.weigh(rows.targets), axis=0) if with_bias else None,
         weight_sum=rows.total(),

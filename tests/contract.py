@@ -376,14 +376,7 @@ def check(case):
 
 # Several devices ----------------------------------------------------------------------------------
 
-# Derivatives through these inside shard_map are known not to work: values are asked for as well.
-UNDIFFERENTIABLE = [("dual", "shard_map"), ("cg", "shard_map")]
-CASES_OF_DEVICES = [
-    case._replace(derivative=derivative)
-    for case in covering_cases(WAYS_OF_DEVICES)
-    for derivative in (False, True)
-    if derivative or case[:2] in UNDIFFERENTIABLE
-]
+CASES_OF_DEVICES = [case._replace(derivative=True) for case in covering_cases(WAYS_OF_DEVICES)]
 
 
 def main():

@@ -628,6 +628,31 @@ def test_inside_shard_map(solver, n, d):
     )
 
 
+@pytest.mark.parametrize("solver", [*SOLVERS, cfll.CG(tolerance=1e-6)])
+def test_derivatives_by_what_devices_share(solver):
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    features, targets = (jnp.asarray(rng.normal(size=(16, k)), jnp.float32) for k in (6, 2))
+    shared = cfll.LinearHead(jnp.ones((6, 2)), jnp.ones(2)), jnp.float32(0.7)
+
+    def loss(features, targets, anchor, lam):
+        return jnp.sum(
+            cfll.prox_solve(features, targets, anchor, lam, solver=solver)(features) ** 2
+        )
+
+    def mapped(*batch):
+        summed = jax.shard_map(
+            lambda *batch: jax.lax.psum(loss(*batch), "x"),
+            mesh=mesh, in_specs=(jax.P("x"), jax.P("x"), jax.P(), jax.P()), out_specs=jax.P(),
+        )  # fmt: skip
+        return summed(*batch)
+
+    got, expected = (
+        jax.jit(jax.grad(f, argnums=(0, 2, 3)))(features, targets, *shared) for f in (mapped, loss)
+    )
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("lam", [1e-9, 1e-7, 1e-5])
 def test_repeated_samples_that_contradict_each_other_get_no_huge_weights(lam, use_bias):

@@ -5,6 +5,7 @@ from functools import wraps
 import jax
 import jax.numpy as jnp
 
+from cfll import samples
 from cfll.rules.rule import Rule, Solution
 
 
@@ -35,10 +36,14 @@ def every(update_interval: int, rule: Rule) -> Rule:
     def solve(features, targets, state, **keywords):
         kept = Solution(state.anchor, state.rule_state, state.info.solve)
 
+        due = state.count % update_interval == 0
+        if samples.concrete(due) is not None:  # outside of jit a cond compiles at every call
+            return rule.solve(features, targets, state, **keywords) if due else kept
+
         def solved() -> Solution:
             new = rule.solve(features, targets, state, **keywords)
             return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), new, kept)
 
-        return jax.lax.cond(state.count % update_interval == 0, solved, lambda: kept)
+        return jax.lax.cond(due, solved, lambda: kept)
 
     return rule._replace(solve=solve)

@@ -28,9 +28,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-# From how many rows on a product over rows is a sum of products of this many parts: float32 loses
-# the digits of a sum of millions. (A power of two, so that devices keep the parts of their rows.)
-_PARTS_FROM, _PARTS = 2**16, 64
+# How many rows, at least, a product sums over at once: float32 loses the digits of a long sum.
+_BLOCK = 2**14
 # From how many features on a Gram matrix is made in strips: below, a product is too small to split.
 _STRIPS_FROM = 512
 # Up to this size a factor is LAPACK's alone: a few hundred rows are not worth splitting.
@@ -45,13 +44,15 @@ dot = partial(jnp.matmul, precision=_HIGHEST)
 def dot_over_rows(left: jax.Array, right: jax.Array) -> jax.Array:
     """left^T right, for left (n, k) and right (n, m)."""
     n = len(left)
-    if n < _PARTS_FROM:
+    # A power of two, so that devices keep the blocks of their rows.
+    blocks = 2 ** int(math.log2(max(n // _BLOCK, 1)))
+    if blocks == 1:
         # This way around the smaller matrix is transposed, and copied for it.
         return dot(left.T, right) if left.shape[1] <= right.shape[1] else dot(right.T, left).T
-    whole = n - n % _PARTS
-    parts = (rows[:whole].reshape(_PARTS, -1, rows.shape[1]) for rows in (left, right))
-    rest = dot(left[whole:].T, right[whole:])
-    return rest + jnp.sum(jnp.einsum("pnk,pnm->pkm", *parts, precision=_HIGHEST), axis=0)
+    whole = n - n % blocks
+    split = (rows[:whole].reshape(blocks, -1, rows.shape[1]) for rows in (left, right))
+    products = jnp.einsum("bnk,bnm->bkm", *split, precision=_HIGHEST)
+    return jnp.sum(products, axis=0) + dot(left[whole:].T, right[whole:])
 
 
 def lower_gram(left: jax.Array, right: jax.Array) -> jax.Array:

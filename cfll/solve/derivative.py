@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from cfll.heads import LinearHead
+from cfll.samples import varying_like
 from cfll.solve.problem import Problem, Residual, add, split_head, stack_head
 from cfll.solve.route import SolveInfo, Solver
 
@@ -29,6 +30,9 @@ def solve_correction(
     solver: Solver, problem: Problem, residual: jax.Array, anchor: LinearHead | None
 ) -> tuple[LinearHead, SolveInfo]:
     """The correction of the anchor for residuals (n, o), differentiable by problem and residual."""
+    # Inside shard_map all of it must vary over the same axes: a linear solve is transposed as one.
+    given = problem, residual, anchor
+    problem, residual, anchor = varying_like(given, *jax.tree.leaves(given))
     fixed, rows, anchor = jax.lax.stop_gradient((problem, residual, anchor))
     centered = fixed.centered(rows)
     factor = solver.factorize(fixed, centered)

@@ -35,8 +35,9 @@ from cfll.solve.primal import NormalEquations, Primal, refine_by_data
 from cfll.solve.problem import Problem, Residual, bordered_gram, split_head, stack_head
 from cfll.solve.route import Route, SolveInfo
 
-# The shift, and what is taken for rounding in b, in multiples of the machine epsilon and sqrt(m).
-_SHIFT, _NOISE = 32, 2
+# The shift, relative to the diagonal, in multiples of the machine epsilon and sqrt(m); and what is
+# taken for rounding in b, in multiples of the shift.
+_SHIFT, _NOISE = 32, 1 / 16
 _STEPS = 2
 
 
@@ -89,9 +90,10 @@ class _Basis(NamedTuple):
         unit = jnp.sqrt(jnp.diagonal(matrix))[:, None]
         unit = jnp.where(unit > 0, unit, jnp.ones_like(unit))
         matrix = matrix / unit / unit.T
-        fill = jnp.where(jnp.diagonal(matrix) > 0, 0, 1)  # ones for the directions with data
+        # Directions of very different units may look alike; those with data need some diagonal.
+        shift = jnp.where(jnp.diagonal(matrix) > 0, _shift_of(matrix), 1)
         v = v / unit.T
-        return dot(v, cho_solve(cholesky(matrix + jnp.diag(fill)), dot(v.T, rows)))
+        return dot(v, cho_solve(cholesky(matrix + jnp.diag(shift)), dot(v.T, rows)))
 
 
 def _find_basis(problem: Problem) -> _Basis:
@@ -99,19 +101,24 @@ def _find_basis(problem: Problem) -> _Basis:
     penalties = _penalties(problem)
     unit = _largest_of_columns(problem, penalties)
     matrix = _gram(problem, lambda rows: rows / unit) + penalties / unit / unit.T
-    m, eps = len(matrix), jnp.finfo(matrix.dtype).eps
     diagonal = jnp.diagonal(matrix)
     diagonal = jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal)
-    lower = cholesky(matrix + _SHIFT * math.sqrt(m) * eps * jnp.diag(diagonal))
+    lower = cholesky(matrix + _shift_of(matrix) * jnp.diag(diagonal))
     whiten = jnp.diag(1 / unit[0])
     whiten = jax.lax.linalg.triangular_solve(lower, whiten, left_side=True, lower=True)
 
     data = _gram(problem, lambda rows: dot(rows, whiten.T))
     b, v = jnp.linalg.eigh(data + dot(whiten, dot(penalties, whiten.T)))
     from_data = jnp.sum(v * dot(data, v), axis=0)
-    seen = (from_data > _NOISE * math.sqrt(m) * eps) | (b > 1 / (_SHIFT * math.sqrt(m)))
+    eps, shift = jnp.finfo(b.dtype).eps, _shift_of(matrix)
+    seen = (from_data > _NOISE * shift) | (b > eps / shift)
     inverse = jnp.where(seen | jnp.isnan(b), 1 / b, jnp.zeros_like(b))
     return _Basis(dot(whiten.T, v), inverse[:, None], penalties)
+
+
+def _shift_of(matrix: jax.Array) -> float:
+    """More than what rounding does to a matrix of unit diagonal."""
+    return float(_SHIFT * math.sqrt(len(matrix)) * jnp.finfo(matrix.dtype).eps)
 
 
 def _penalties(problem: Problem) -> jax.Array:
