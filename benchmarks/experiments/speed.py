@@ -423,8 +423,9 @@ def summarize(records: Records, figures: Path, preset: str = "cpu") -> summary.S
         "LAPACK from SciPy, on one thread (as all LAPACK here, XLA's included: OpenBLAS's threads "
         "spin while they wait, and take the cores from XLA; XLA's own products use all cores). "
         f"Features after a ReLU, beta = lam = {BETA:g}, intercepts "
-        "everywhere, float32. Ours is called as it comes, outside of jit. A ratio to the floor at a shape of microseconds is mostly the time "
-        "of calling a compiled function from Python, whose own time is in the last column.",
+        "everywhere, float32. Ours is called as it comes, outside of jit. A ratio to the floor at "
+        "a shape of microseconds is mostly the time of calling a compiled function from Python, "
+        "whose own time is in the last column.",
         tables=tables,
         claims=claims,
         figures=drawn,
