@@ -135,7 +135,7 @@ def penalized_loss(
 
     With an axis_name the part of this device: the mean over the axis is the loss of all samples.
     """
-    features, targets = samples.check_batch(features, targets, sample_weight)
+    features, targets = samples.check_batch(features, targets, sample_weight, per_output=True)
     dtype = widest_dtype(head.kernel)
     rows = samples.flatten(features, targets, sample_weight, dtype)
     penalty = as_penalty(penalty, dtype)

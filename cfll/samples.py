@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Shape = tuple[int, ...]
+
 
 class Samples(NamedTuple):
     """The rows of a batch.
@@ -19,7 +21,7 @@ class Samples(NamedTuple):
     Attributes:
       features: (n, d).
       targets: (n, o).
-      weights: (n,), or None where every sample counts once.
+      weights: (n,), or (n, o) per output, or None where every sample counts once.
     """
 
     features: jax.Array
@@ -28,16 +30,21 @@ class Samples(NamedTuple):
 
     def weigh(self, rows: jax.Array) -> jax.Array:
         """Each row (of n) times its weight."""
-        return rows if self.weights is None else rows * self.weights[:, None]
+        if self.weights is None:
+            return rows
+        return rows * (self.weights if self.weights.ndim == 2 else self.weights[:, None])
 
     def total(self) -> jax.Array:
-        """The sum of the weights, ()."""
+        """The sum of the weights, of an average output, ()."""
         if self.weights is None:
             return jnp.full((), self.features.shape[0], self.features.dtype)
-        return jnp.sum(self.weights)
+        outputs = self.weights.shape[1] if self.weights.ndim == 2 else 1
+        return jnp.sum(self.weights) / outputs
 
 
-def check_batch(features: Any, targets: Any, sample_weight: Any) -> tuple[jax.Array, jax.Array]:
+def check_batch(
+    features: Any, targets: Any, sample_weight: Any, per_output: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Features (..., d) and targets (..., o) as arrays, if rows and weights fit each other."""
     features, targets = jnp.asarray(features), jnp.asarray(targets)
     if features.ndim < 2:
@@ -73,27 +80,31 @@ def check_batch(features: Any, targets: Any, sample_weight: Any) -> tuple[jax.Ar
             f"{features.shape[:-1] + (targets.shape[-1:] or (1,))}."
         )
     if sample_weight is not None:
-        _check_weights(sample_weight, features.shape[:-1], targets.shape)
+        _check_weights(sample_weight, features.shape[:-1], targets.shape, per_output)
     return features, targets
 
 
-def _check_weights(sample_weight: Any, samples: tuple[int, ...], targets: tuple[int, ...]) -> None:
-    """Refuse weights that are not one number per sample (or per leading axis of samples)."""
+def is_per_output(sample_weight: Any, targets: Any) -> bool:
+    """Whether these are weights of the targets' shape, (..., o), for targets that are missing."""
+    return sample_weight is not None and jnp.shape(sample_weight) == jnp.shape(targets)
+
+
+def _check_weights(sample_weight: Any, samples: Shape, targets: Shape, per_output: bool) -> None:
+    """Refuse weights that are not one number per sample (or leading axis), or per target."""
     shape = jnp.shape(sample_weight)
-    if shape == targets and targets[-1] > 1:
+    if shape == targets and not per_output:
         raise ValueError(
-            f"sample_weight has the shape {shape} of targets; weights are per sample. Per output "
-            "each has a problem of its own: jax.vmap(lambda y, w: cfll.ridge_solve(features, "
-            "y[..., None], beta, sample_weight=w), in_axes=-1)(targets, sample_weight) is a head "
-            "with a first axis of outputs."
+            f"sample_weight has the shape {shape} of targets: every output has a problem of its "
+            "own, and only the kernels, losses and rules for the squared loss take them, without "
+            "axis_name. Write one weight per sample, or one call per output."
         )
     if jnp.iscomplexobj(sample_weight):
         raise TypeError("sample_weight is complex; write jnp.abs(sample_weight).")
-    if shape != samples[: len(shape)] or not shape:
+    if shape != targets and (shape != samples[: len(shape)] or not shape):
         raise ValueError(
             f"sample_weight has shape {shape}, but the samples of features have shape {samples}: "
-            f"write one weight per sample, shape {samples}, or per leading axis, "
-            f"shape {samples[:1]}."
+            f"write one weight per sample, shape {samples}, per leading axis, "
+            f"shape {samples[:1]}, or per target, shape {targets}."
         )
     weights = concrete(sample_weight)
     if weights is not None and (weights < 0).any():
@@ -104,21 +115,25 @@ def flatten(
     features: jax.Array, targets: jax.Array, sample_weight: jax.Array | None, dtype: Any
 ) -> Samples:
     """A checked batch as rows of one dtype; rows of weight zero hold nothing but finite numbers."""
-    leading = features.shape[:-1]
+    leading, per_output = features.shape[:-1], is_per_output(sample_weight, targets)
     features = features.astype(dtype).reshape(-1, features.shape[-1])
     targets = targets.astype(dtype).reshape(-1, targets.shape[-1])
     if sample_weight is None:
         return Samples(features, targets, None)
     weights = jnp.asarray(sample_weight, dtype)
-    weights = weights.reshape(weights.shape + (1,) * (len(leading) - weights.ndim))
-    weights = nan_where_negative(jnp.broadcast_to(weights, leading).reshape(-1))
+    if not per_output:
+        weights = weights.reshape(weights.shape + (1,) * (len(leading) - weights.ndim))
+        weights = jnp.broadcast_to(weights, leading)
+    weights = nan_where_negative(weights.reshape(len(targets), -1))
 
-    def without_absent(rows: jax.Array) -> jax.Array:
+    def without(absent: jax.Array, rows: jax.Array) -> jax.Array:
         # 0 * NaN is NaN. Finite values stay: the derivative by a weight of zero needs them.
-        absent = (weights == 0)[:, None] & ~jnp.isfinite(rows)
-        return jnp.where(absent, jnp.zeros((), rows.dtype), rows)
+        return jnp.where(absent & ~jnp.isfinite(rows), jnp.zeros((), rows.dtype), rows)
 
-    return Samples(without_absent(features), without_absent(targets), weights)
+    features = without(jnp.all(weights == 0, axis=1, keepdims=True), features)
+    return Samples(
+        features, without(weights == 0, targets), weights if per_output else weights[:, 0]
+    )
 
 
 def concrete(array: Any) -> np.ndarray | None:

@@ -63,7 +63,9 @@ def ridge_solve(
       penalize_bias: whether the intercept is penalized as the paper does; ``False`` leaves it free,
         as scikit-learn does.
       sample_weight: weights of the samples, shape of the leading axes or of the first of them. A
-        row of weight zero is a row that is not there, even if it holds NaN.
+        row of weight zero is a row that is not there, even if it holds NaN. Or of the targets'
+        shape (..., o), where targets are missing: ``jnp.isfinite(targets)``. Each output is then
+        solved by itself, which takes o factorizations.
       solver: "auto", "primal", "dual", "qr" or "cg"; see `cfll.solve`. Only "auto"
         guards against singular systems; the others answer NaN where they fail. `cfll.CG` is "cg"
         with options.
@@ -174,7 +176,7 @@ def penalized_solve(
     References:
       Closed-Form Last Layer Optimization, Eq. (2), (11), (12) and (13).
     """
-    features, targets = samples.check_batch(features, targets, sample_weight)
+    features, targets = samples.check_batch(features, targets, sample_weight, per_output=True)
     d, o = features.shape[-1], targets.shape[-1]
     if anchor is not None:
         check_anchor(anchor, d, o)
@@ -183,6 +185,8 @@ def penalized_solve(
     check_penalty(name, penalty, d, rows, use_bias and not penalize_bias)
     chosen = _choose(solver, rows, d, penalty)
     options = (chosen, use_bias, penalize_bias)
+    if samples.is_per_output(sample_weight, targets):
+        return _solve_outputs(options, features, targets, sample_weight, anchor, penalty)
     return _solve(options, features, targets, sample_weight, anchor, penalty)
 
 
@@ -231,3 +235,30 @@ def _solve(
         head_specs = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, anchor)
     run = samples.let_xla_shard(run, problem.features, (head_specs, info_specs))
     return run(problem, rows.targets, anchor)
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _solve_outputs(
+    options: tuple[Solver, bool, bool],
+    features: jax.Array,
+    targets: jax.Array,
+    sample_weight: Any,
+    anchor: LinearHead | None,
+    penalty: jax.Array,
+) -> tuple[LinearHead, SolveInfo]:
+    """One output after the other, each with its own weights; diagnostics of the worst."""
+
+    def solve(output: Any) -> tuple[LinearHead, SolveInfo]:
+        targets, weights, anchor = output
+        anchor = jax.tree.map(lambda leaf: leaf[..., None], anchor)
+        head, info = _solve(options, features, targets[..., None], weights, anchor, penalty)
+        return jax.tree.map(lambda leaf: leaf[..., 0], head), info
+
+    # Not vmap, which pays for both branches of every cond.
+    outputs = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (targets, sample_weight, anchor))
+    head, infos = jax.lax.map(solve, outputs)
+    worst = jnp.argmin(infos.rcond)
+    info = SolveInfo(
+        infos.route[worst], infos.rcond[worst], infos.iterations.max(), infos.residual.max()
+    )
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), head), info
