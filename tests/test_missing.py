@@ -9,19 +9,19 @@ import pytest
 
 import cfll
 
-N, D, O = 40, 6, 3
+N, D, OUTPUTS = 40, 6, 3
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(size=(N, D))
-TARGETS = np.where(RNG.random((N, O)) < 0.5, np.nan, RNG.normal(size=(N, O)))
-WEIGHTS = np.isfinite(TARGETS) * RNG.uniform(0.5, 2, (N, O))
-ANCHOR = RNG.normal(size=(D + 1, O))
+TARGETS = np.where(RNG.random((N, OUTPUTS)) < 0.5, np.nan, RNG.normal(size=(N, OUTPUTS)))
+WEIGHTS = np.isfinite(TARGETS) * RNG.uniform(0.5, 2, (N, OUTPUTS))
+ANCHOR = RNG.normal(size=(D + 1, OUTPUTS))
 
 
 def by_output(lam):
     """Kernel over bias, near the anchor, from the rows that each output has."""
     rows = np.column_stack([FEATURES, np.ones(N)])
     heads = []
-    for k in range(O):
+    for k in range(OUTPUTS):
         there = np.isfinite(TARGETS[:, k])
         weighted = rows[there].T * WEIGHTS[there, k]
         right = weighted @ TARGETS[there, k] + lam * ANCHOR[:, k]
@@ -33,7 +33,7 @@ def objective(head, lam):
     """Per average number of samples of an output."""
     rows = np.column_stack([FEATURES, np.ones(N)])
     squares = np.nansum(WEIGHTS * (TARGETS - rows @ head) ** 2)
-    return (squares + lam * np.sum((head - ANCHOR) ** 2)) / (WEIGHTS.sum() / O)
+    return (squares + lam * np.sum((head - ANCHOR) ** 2)) / (WEIGHTS.sum() / OUTPUTS)
 
 
 def head_of(rows):
@@ -54,7 +54,7 @@ def test_half_of_the_targets_missing(x64, leading, solver):
     free = cfll.ridge_solve(
         features, targets, 0.3, sample_weight=weights, solver=solver, use_bias=False
     )
-    for k in range(O):
+    for k in range(OUTPUTS):
         alone = cfll.ridge_solve(
             features, targets[..., k:][..., :1], 0.3, sample_weight=weights[..., k], use_bias=False
         )
@@ -81,7 +81,10 @@ def test_a_step_without_half_of_the_targets(by):
     y, there = y.at[:, 2].set(jnp.nan), jnp.isfinite(y).at[:, 2].set(False)  # one has none at all
     rule = cfll.prox(1.0)
     tx = cfll.closed_form(optax.sgd(0.1), rule)
-    params = {"w": jnp.eye(D), "head": {"kernel": jnp.zeros((D, O)), "bias": jnp.zeros(O)}}
+    params = {
+        "w": jnp.eye(D),
+        "head": {"kernel": jnp.zeros((D, OUTPUTS)), "bias": jnp.zeros(OUTPUTS)},
+    }
 
     @jax.jit
     def step(params, opt_state):
@@ -108,6 +111,8 @@ def test_a_step_without_half_of_the_targets(by):
 
 
 def test_sums_refuse_them():
-    weights = jnp.ones((N, O))
+    weights = jnp.ones((N, OUTPUTS))
     with pytest.raises(ValueError, match="one call per output"):
-        cfll.GramStats.zeros(D, O).add(jnp.asarray(FEATURES), jnp.zeros((N, O)), weights)
+        cfll.GramStats.zeros(D, OUTPUTS).add(
+            jnp.asarray(FEATURES), jnp.zeros((N, OUTPUTS)), weights
+        )
