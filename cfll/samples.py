@@ -124,7 +124,9 @@ def flatten(
     if not per_output:
         weights = weights.reshape(weights.shape + (1,) * (len(leading) - weights.ndim))
         weights = jnp.broadcast_to(weights, leading)
-    weights = nan_where_negative(weights.reshape(len(targets), -1))
+    weights = nan_where_negative(
+        weights.reshape(len(targets), targets.shape[1] if per_output else 1)
+    )
 
     def without(absent: jax.Array, rows: jax.Array) -> jax.Array:
         # 0 * NaN is NaN. Finite values stay: the derivative by a weight of zero needs them.
