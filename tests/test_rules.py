@@ -536,22 +536,6 @@ def test_solutions_that_do_not_fit(keywords, words):
 # Weights ------------------------------------------------------------------------------------------
 
 
-def test_weights_of_outputs_are_refused_with_a_way_that_works():
-    weights = jnp.asarray(RNG.integers(0, 2, size=(24, 2)), jnp.float32)
-    targets = jnp.where(weights == 0, jnp.nan, Y)  # missing, one by one
-    with pytest.raises(ValueError, match="weights are per sample") as caught:
-        cfll.ridge_solve(X, targets, 0.5, sample_weight=weights)
-    code = str(caught.value).split("of its own: ")[1].split(" is a head")[0]
-    names = {"jax": jax, "cfll": cfll, "features": X, "beta": 0.5}
-    heads = eval(code, {**names, "targets": targets, "sample_weight": weights})  # as a user would
-    for k in range(2):
-        rows = np.asarray(weights[:, k] == 1)
-        phi = np.c_[np.asarray(X, np.float64), np.ones(24)][rows]
-        expected = np.linalg.solve(phi.T @ phi + 0.5 * np.eye(4), phi.T @ np.asarray(Y)[rows, k])
-        got = np.r_[heads.kernel[k, :, 0], heads.bias[k]]
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-
-
 def test_complex_weights_are_refused():
     with pytest.raises(TypeError, match=r"jnp\.abs"):
         cfll.ridge_solve(X, Y, 0.5, sample_weight=jnp.full(24, 1 + 1j))

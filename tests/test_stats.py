@@ -181,7 +181,7 @@ def test_many_rows_in_one_call(weighted):
     stats = cfll.GramStats.zeros(2, 1).add(features, features[:, :1], weight)
     exact = exact_sums(features, features[:, :1])
     exact = jax.tree.map(lambda leaf: (1 + weighted) * leaf, exact)
-    assert largest_error(stats, exact, with_lost=False) < 2e-6  # in one product: 4e-4
+    assert largest_error(stats, exact, with_lost=False) < 5e-6  # in one product: 4e-4
 
 
 @pytest.mark.parametrize("penalize_bias", [True, False])
