@@ -88,11 +88,11 @@ class _Basis(NamedTuple):
         v = jnp.where(without.T, self.v, jnp.zeros_like(self.v))
         matrix = dot(v.T, dot(self.penalties, v))
         unit = jnp.sqrt(jnp.diagonal(matrix))[:, None]
-        unit = jnp.where(unit > 0, unit, jnp.ones_like(unit))
-        matrix = matrix / unit / unit.T
+        inverse_unit = 1 / jnp.where(unit > 0, unit, jnp.ones_like(unit))
+        matrix = matrix * inverse_unit * inverse_unit.T
         # Directions of very different units may look alike; those with data need some diagonal.
         shift = jnp.where(jnp.diagonal(matrix) > 0, _shift_of(matrix), 1)
-        v = v / unit.T
+        v = v * inverse_unit.T
         return dot(v, cho_solve(cholesky(matrix + jnp.diag(shift)), dot(v.T, rows)))
 
 
@@ -100,11 +100,13 @@ def _find_basis(problem: Problem) -> _Basis:
     """The directions of A by Cholesky factors and eigenvectors."""
     penalties = _penalties(problem)
     unit = _largest_of_columns(problem, penalties)
-    matrix = _gram(problem, lambda rows: rows / unit) + penalties / unit / unit.T
+    inverse_unit = 1 / unit  # not / unit / unit.T, which XLA may make / (unit unit.T): out of range
+    scaled = penalties * inverse_unit * inverse_unit.T
+    matrix = _gram(problem, lambda rows: rows * inverse_unit) + scaled
     diagonal = jnp.diagonal(matrix)
     diagonal = jnp.where(diagonal == 0, jnp.ones_like(diagonal), diagonal)
     lower = cholesky(matrix + _shift_of(matrix) * jnp.diag(diagonal))
-    whiten = jnp.diag(1 / unit[0])
+    whiten = jnp.diag(inverse_unit[0])
     whiten = jax.lax.linalg.triangular_solve(lower, whiten, left_side=True, lower=True)
 
     data = _gram(problem, lambda rows: dot(rows, whiten.T))
