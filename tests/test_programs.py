@@ -136,7 +136,7 @@ def loss_at(program, opt_state, features, head, y, w):
     if program.order == "solution":
         injected = program.wrapper == "inject_hyperparams"
         lam = opt_state.hyperparams["lam"] if injected else LAM
-        if injected and hasattr(lam, "get_value"):
+        if isinstance(lam, nnx.Variable):
             lam = lam[...]
         rule, state = rule_of(program, lam), cfll.get_state(opt_state)
         return rule.loss(features, y, state, sample_weight=w)
