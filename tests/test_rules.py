@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +17,7 @@ from flax import nnx
 
 import cfll
 import cfll.flax
+from tests import nets
 from tests.halving import halving
 
 PROX3 = cfll.prox(3.0)
@@ -204,34 +204,12 @@ def lam_by_hand(losses, lam):
     return history
 
 
-class Linen(nn.Module):
-    def setup(self):
-        self.hidden, self.head = nn.Dense(5), nn.Dense(2)
-
-    def features(self, x):
-        return nn.tanh(self.hidden(x))
-
-    def __call__(self, x):
-        return self.head(self.features(x))
-
-
-class Nnx(nnx.Module):
-    def __init__(self, rngs):
-        self.hidden, self.head = nnx.Linear(3, 5, rngs=rngs), nnx.Linear(5, 2, rngs=rngs)
-
-    def features(self, x):
-        return nnx.tanh(self.hidden(x))
-
-    def __call__(self, x):
-        return self.head(self.features(x))
-
-
 def losses_and_lams(framework, order, rule, steps=6):
     """What a rule saw and did over some steps of training."""
     tx = cfll.closed_form(optax.sgd(0.01), rule)
     losses, lams = [], []
     if framework == "linen":
-        net = Linen()
+        net = nets.Linen(5, 2)
         state = cfll.flax.TrainState.create(
             apply_fn=net.apply, params=net.init(jax.random.key(0), X)["params"], tx=tx
         )
@@ -257,7 +235,7 @@ def losses_and_lams(framework, order, rule, steps=6):
             lams.append(float(cfll.get_state(state).lam))
         return losses, lams
 
-    net = Nnx(nnx.Rngs(0))
+    net = nets.Nnx(3, 5, 2)
     optimizer = cfll.flax.Optimizer(net, tx, wrt=nnx.Param)
 
     @nnx.jit

@@ -3,7 +3,6 @@
 import os
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +19,7 @@ import cfll
 import cfll.flax
 from cfll.rules.rule import initial_state
 from cfll.rules.working import LENGTHS
+from tests import nets
 
 NAMES = ["softmax", "logistic", "poisson", "huber"]
 EXAMPLES = int(os.environ.get("WORKING_EXAMPLES", "100"))  # for each of the losses
@@ -272,28 +272,9 @@ def test_the_gradient_is_of_the_loss_at_the_fixed_new_head(x64, name):
     assert count(got) == count(jax.value_and_grad(got, has_aux=True))
 
 
-class LinenNet(nn.Module):
-    def setup(self):
-        self.hidden, self.head = nn.Dense(6), nn.Dense(3)
-
-    def features(self, x):
-        return nn.tanh(self.hidden(x))
-
-    def __call__(self, x):
-        return self.head(self.features(x))
-
-
-class NnxNet(nnx.Module):
-    def __init__(self, rngs):
-        self.hidden, self.head = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
-
-    def features(self, x):
-        return nnx.tanh(self.hidden(x))
-
-
 def test_linen_and_nnx(standard_promotion):
     x, y = jnp.asarray(X, jnp.float32), jnp.eye(3)[LABELS]
-    rule, net, model = cfll.softmax(1.0), LinenNet(), NnxNet(nnx.Rngs(0))
+    rule, net, model = cfll.softmax(1.0), nets.Linen(6, 3), nets.Nnx(4, 6, 3)
     tx = cfll.closed_form(optax.adam(1e-2), rule)
     params = net.init(jax.random.key(0), x)["params"]
     linen = cfll.flax.TrainState.create(apply_fn=net.apply, params=params, tx=tx)
