@@ -144,7 +144,9 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
             new = rule.solve(features, targets, state, **extra)
         check_solution(new, state)
 
-        state = advance(state, new, old)
+        arrived = zip(jax.tree.leaves(mask), jax.tree.leaves(updates), strict=True)
+        of_head = [update for is_backbone, update in arrived if not is_backbone]
+        state = advance(state, new, old, None if given is None else of_head)
         old = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), old, state.anchor)
         step = heads.set_head(params, head, jax.tree.map(jnp.subtract, state.anchor, old))
         updates = jax.tree.map(

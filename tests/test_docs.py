@@ -30,7 +30,7 @@ def test_readme_has_the_two_commands():
     assert 'python -m pip install -e ".[test]" && python -m pytest' in README
 
 
-@pytest.mark.parametrize("name", ["quickstart", "theory"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("notebooks/*.ipynb")))
 def test_notebooks_are_paired(name):
     script = jupytext.read(ROOT / "notebooks" / f"{name}.py")
     notebook = jupytext.read(ROOT / "notebooks" / f"{name}.ipynb")

@@ -406,6 +406,26 @@ def test_something_else_writing_the_head_shows_as_drift():
     assert drifts[0] < 1e-6 < 1e-2 < drifts[1]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_backbone_that_uses_the_head_shows_as_overruled(tied):
+    tx, params = cfll.closed_form(optax.sgd(0.1), PROX), make_params()
+    state = tx.init(params)
+
+    def loss_of(params):
+        features = features_of(params)
+        if tied:
+            features = features + params["head"]["kernel"][None, :, 0]
+        return PROX.loss(features, Y, cfll.get_state(state))
+
+    grads, solution = jax.grad(loss_of, has_aux=True)(params)
+    _, new = tx.update(grads, state, params, solution=solution)
+    overruled = float(cfll.get_state(new).info.overruled)
+    assert overruled == float(jnp.max(jnp.abs(grads["head"]["kernel"])))
+    assert (overruled > 0) == tied
+    _, new = tx.update(grads, state, params, targets=Y, features=features_of(params))
+    assert float(cfll.get_state(new).info.overruled) == 0  # here gradients of heads are usual
+
+
 # Messages -----------------------------------------------------------------------------------------
 
 

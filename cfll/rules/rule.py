@@ -32,12 +32,17 @@ class HeadInfo(NamedTuple):
       drift: float32, largest difference between the head in the parameters and the anchor before
         this update. Beyond rounding, something else writes the head: a transformation after this
         one, or parameters replaced without ``tx.init``.
+      overruled: float32, largest update of the head that arrived with a ``solution`` and was
+        replaced by it. Zero in the order of Eq. (17), unless a backbone uses leaves of the head as
+        well (tied weights, which are not supported), the loss has another term with the head, or a
+        transformation before this one decays it. Zero in the other orders, which replace gradients.
     """
 
     solve: SolveInfo
     accepted: jax.Array
     skipped: jax.Array
     drift: jax.Array
+    overruled: jax.Array
 
     @property
     def route(self) -> jax.Array:
@@ -202,12 +207,16 @@ def initial_state(rule: Rule, anchor: LinearHead, path: str = "head") -> ClosedF
         accepted=jnp.ones((), jnp.bool_),
         skipped=jnp.zeros((), jnp.int32),
         drift=jnp.zeros((), jnp.float32),
+        overruled=jnp.zeros((), jnp.float32),
     )
     return ClosedFormState(jnp.zeros((), jnp.int32), anchor, rule.init(anchor), info, {path: None})
 
 
 def advance(
-    state: ClosedFormState, solution: Solution, parameters: LinearHead | None = None
+    state: ClosedFormState,
+    solution: Solution,
+    parameters: LinearHead | None = None,
+    overruled: list[jax.Array] | None = None,
 ) -> ClosedFormState:
     """The next state: the solution's head and rule state if that head is finite, else the old ones.
 
@@ -217,12 +226,9 @@ def advance(
     new = jax.tree.map(_like, solution.head, state.anchor)
     if parameters is not None:
         written = jax.tree.map(_like, new, parameters)
-        distances = jax.tree.map(
-            lambda old, anchor: jnp.max(jnp.abs(_like(old, anchor) - anchor)),
-            parameters,
-            state.anchor,
+        drift = _largest(
+            jax.tree.map(lambda old, anchor: _like(old, anchor) - anchor, parameters, state.anchor)
         )
-        drift = jnp.max(jnp.array(jax.tree.leaves(distances))).astype(jnp.float32)
     finite = jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), (new, written))
     accepted = jnp.all(jnp.array(jax.tree.leaves(finite)))
     anchor, rule_state = jax.tree.map(
@@ -231,9 +237,15 @@ def advance(
         (state.anchor, state.rule_state),
     )
     skipped = state.info.skipped + (~accepted).astype(jnp.int32)
-    info = HeadInfo(solution.info.as_arrays(), accepted, skipped, drift)
+    info = HeadInfo(solution.info.as_arrays(), accepted, skipped, drift, _largest(overruled or []))
     count = jnp.asarray(optax.safe_increment(state.count))
     return state._replace(count=count, anchor=anchor, rule_state=rule_state, info=info)
+
+
+def _largest(tree: Any) -> jax.Array:
+    """The largest entry, in absolute value; zero if there are none."""
+    largest = [jnp.max(jnp.abs(leaf)).astype(jnp.float32) for leaf in jax.tree.leaves(tree)]
+    return jnp.max(jnp.array(largest)) if largest else jnp.zeros((), jnp.float32)
 
 
 def _like(leaf: Any, reference: jax.Array) -> jax.Array:

@@ -28,6 +28,10 @@ class Auto:
     cholesky: Primal | Dual
     fallback: QR | LQ
 
+    @property
+    def needs_units(self) -> bool:
+        return self.cholesky.needs_units
+
     def factorize(self, problem: Problem, residual: Residual) -> Any:
         return self.cholesky.factorize(problem, residual)
 

@@ -6,6 +6,7 @@ step length, and does not say how far it got; heads have many outputs, and users
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ class CG:
       >>> bool(jnp.abs(head.kernel[0, 0] - 2) < 1e-3)
       True
     """
+
+    needs_units: ClassVar[bool] = False
 
     tolerance: float = 1e-4
     max_iterations: int = 100

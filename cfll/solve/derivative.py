@@ -22,7 +22,15 @@ import jax.numpy as jnp
 
 from cfll.heads import LinearHead
 from cfll.samples import varying_like
-from cfll.solve.problem import Problem, Residual, add, split_head, stack_head
+from cfll.solve.problem import (
+    Problem,
+    Residual,
+    add,
+    power_of_two_above,
+    scale,
+    split_head,
+    stack_head,
+)
 from cfll.solve.route import SolveInfo, Solver
 
 
@@ -34,12 +42,18 @@ def solve_correction(
     given = problem, residual, anchor
     problem, residual, anchor = varying_like(given, *jax.tree.leaves(given))
     fixed, rows, anchor = jax.lax.stop_gradient((problem, residual, anchor))
-    centered = fixed.centered(rows)
+    centered, unit = fixed.centered(rows), None
+    if solver.needs_units:  # here, where XLA scales the solution while it adds the anchor
+        # Of rows and mean: a penalized bias needs both.
+        unit = power_of_two_above(jnp.concatenate(jax.tree.leaves(centered)))
+        centered = jax.tree.map(lambda rows: rows / unit, centered)
+        anchor = None if anchor is None else scale(anchor, 1 / unit)
     factor = solver.factorize(fixed, centered)
     if anchor is not None:
         anchor = _raise(anchor, centered)
     x, info = solver.correct(factor, fixed, centered, anchor)
     x = _raise(x, centered)
+    x = x if unit is None else scale(x, unit)
     return _differentiable(solver, factor, x, problem, residual), info.as_arrays()
 
 

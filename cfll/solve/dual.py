@@ -11,14 +11,14 @@ a bordered system with the factor of C in its corner; the bias costs one more ri
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cfll.heads import LinearHead
 from cfll.solve.cholesky import cho_solve, cholesky, cholesky_with_rcond, dot
-from cfll.solve.problem import Problem, Residual, as_column, power_of_two_above, scale, stack_head
+from cfll.solve.problem import Problem, Residual, as_column, stack_head
 from cfll.solve.refine import refine, step_limit
 from cfll.solve.route import Route, SolveInfo
 
@@ -28,9 +28,6 @@ class KernelMatrix(NamedTuple):
 
     lower: jax.Array  # (n, n)
     rcond: jax.Array  # ()
-    # Alpha is about lam / |features|^2 of the residual, and must not vanish: solve in units of the
-    # residual.
-    unit: jax.Array  # (1, o)
     penalty_lower: jax.Array | None  # (d, d), of a matrix Lambda
     column: jax.Array | None  # C^{-1} s, (n, 1); None without a bias
     schur: jax.Array | None  # mu + s^T C^{-1} s, ()
@@ -40,9 +37,12 @@ class KernelMatrix(NamedTuple):
 class Dual:
     """The solver of the module's docstring."""
 
+    # Alpha is about lam / |features|^2 of the residual, and must not vanish.
+    needs_units: ClassVar[bool] = True
+
     def factorize(self, problem: Problem, residual: Residual) -> KernelMatrix:
         z, s = problem.root_weighted()
-        unit = _unit(residual)
+        del residual
         penalty_lower = cholesky(problem.penalty) if problem.penalty.ndim == 2 else None
         if problem.penalty.ndim == 0:
             kernel = dot(z, z.T) / problem.penalty  # n^2 divisions instead of n d
@@ -50,19 +50,17 @@ class Dual:
             kernel = dot(z, _unpenalize(problem, penalty_lower, z.T))
         lower, rcond = cholesky_with_rcond(kernel + jnp.eye(z.shape[0], dtype=z.dtype))
         if problem.bias_penalty is None:
-            return KernelMatrix(lower, rcond, unit, penalty_lower, None, None)
+            return KernelMatrix(lower, rcond, penalty_lower, None, None)
         # A free bias without a sample that counts is the one singularity that C does not show.
         determined = problem.bias_penalty + problem.total() > 0
         rcond = jnp.where(determined, rcond, jnp.full((), jnp.nan, rcond.dtype))
         column = cho_solve(lower, s)
         schur = problem.bias_penalty + jnp.sum(s * column)
-        return KernelMatrix(lower, rcond, unit, penalty_lower, column, schur)
+        return KernelMatrix(lower, rcond, penalty_lower, column, schur)
 
     def correct(
         self, factor: KernelMatrix, problem: Problem, residual: Residual, anchor: LinearHead | None
     ) -> tuple[LinearHead, SolveInfo]:
-        unit = factor.unit
-        residual = jax.tree.map(lambda rows: rows / unit, residual)
         z, s = problem.root_weighted()
         n, has_bias = len(z), problem.has_bias
         num_dual = n + has_bias  # rows of alpha over delta
@@ -90,7 +88,8 @@ class Dual:
             _unpenalize(problem, factor.penalty_lower, dot(z.T, dual[:n])),
             dual[n] if has_bias else None,
         )
-        rows = None if anchor is None else stack_head(scale(anchor, 1 / unit))
+        # Stacked here and in the branch: what a branch is given is written to memory.
+        rows = None if anchor is None else stack_head(anchor)
         limit = step_limit(factor.rcond, stack_head(once), rows)
 
         # Refine alpha, delta and the kernel together. Not alpha alone, whose own rounding the
@@ -100,13 +99,13 @@ class Dual:
         def refined() -> LinearHead:
             x = jnp.concatenate([dual, once.kernel])
             # Here the bias, delta, stands above the kernel.
-            above = None if rows is None else jnp.roll(rows, has_bias, axis=0)
+            above = None if anchor is None else jnp.roll(stack_head(anchor), has_bias, axis=0)
             x = refine(solve, residual_of, x, residual, limit, above, num_auxiliary=n)
             return LinearHead(x[num_dual:], x[n] if has_bias else None)
 
         # Without refinement there is no copy of the kernel below alpha.
         x = jax.lax.cond(limit > 0, refined, lambda: once)
-        return scale(x, unit), SolveInfo(Route.DUAL, factor.rcond)
+        return x, SolveInfo(Route.DUAL, factor.rcond)
 
     def apply_inverse(
         self, factor: KernelMatrix, problem: Problem, rows: jax.Array | None, head: LinearHead
@@ -133,11 +132,6 @@ class Dual:
         change = _solve_bordered(factor, s, left)
         dual, kernel = dual + change, kernel + unpenalize(dot(z.T, change[:n]))
         return s * dual[:n], LinearHead(kernel, None if head.bias is None else dual[n])
-
-
-def _unit(residual: Residual) -> jax.Array:
-    """A unit for each output, (1, o), of rows and mean: a penalized bias needs both."""
-    return power_of_two_above(jnp.concatenate(jax.tree.leaves(residual)))
 
 
 def _unpenalize(problem: Problem, penalty_lower: jax.Array | None, rows: jax.Array) -> jax.Array:

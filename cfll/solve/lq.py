@@ -2,39 +2,43 @@ r"""lq: QR of the transposed stack, of size n, where a dual is singular to worki
 
 In units of the penalty (one number lambda, after scaling the features) the kernel matrix is
 :math:`Z Z^\top + \lambda I = T^\top T` with :math:`T = (Z^\top; \sqrt\lambda I)`, (d + n, n), whose
-condition number is the square root of the kernel matrix's. With T = Q R, R = U Sigma V^T and P the
-first d rows of Q U the equations of `cfll.solve.dual` are solved by
+condition number is the square root of the kernel matrix's. With T = P Sigma V^T, without the last n
+rows of P, the equations of `cfll.solve.dual` are solved by
 
 .. math::
     D = g / \lambda + P w, \qquad \alpha = \lambda V \Sigma^{-1} w, \qquad
     w = \Sigma^{-1} V^\top (S^{1/2} \rho - s \delta) - P^\top g / \lambda.
 
 Directions whose data are below rounding get no correction, as in `cfll.solve.qr`: else samples that
-are repeated with other targets would get weights of their difference over rounding. No matrix is of
-size d x d: "auto" sets this memory aside in every guarded step.
+are repeated with other targets would get weights of their difference over rounding.
+
+"auto" sets the memory of this route aside in every guarded step. So Z^T is factored in blocks of
+rows, Z_k^T = Q_k R_k, then (R_1; R_2; ...; sqrt(lambda) I) = (U_1; U_2; ...) Sigma V^T: P has the
+blocks Q_k U_k, and nothing but Q is as large as the features.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cfll.heads import LinearHead
-from cfll.samples import varying_like
 from cfll.solve.cholesky import dot
 from cfll.solve.problem import Problem, Residual, power_of_two_above
 from cfll.solve.route import Route, SolveInfo
 
 # What is taken for rounding, in multiples of the machine epsilon.
 _NOISE = 32
+# Of rows, each with at least as many rows as there are samples.
+_MAX_BLOCKS = 8
 
 
 class _Stack(NamedTuple):
     """The singular value decomposition of T and what goes with it."""
 
-    q: jax.Array  # (d + n, n): a slice would be a copy
-    u: jax.Array  # (n, n), of R; zero where the data are noise, and so is P
+    q: jax.Array  # (blocks, rows, n), of Z^T, with rows of zeros below
+    u: jax.Array  # (blocks, n, n); columns of zeros where the data are noise, and so of P
     inverse: jax.Array  # (n, 1): Sigma^{-1}, bounded where Sigma is noise
     vt: jax.Array  # (n, n)
     scale: jax.Array  # of the features, (d, 1) or (1, 1)
@@ -42,6 +46,7 @@ class _Stack(NamedTuple):
     root: jax.Array  # s, (n, 1)
     border: jax.Array  # Sigma^{-1} V^T s, (n, 1)
     rcond: jax.Array  # ()
+    dim: int  # d
 
     def rotate(self, rows: jax.Array) -> jax.Array:
         """Sigma^{-1} V^T S^{1/2} rows."""
@@ -49,16 +54,20 @@ class _Stack(NamedTuple):
 
     def to_kernel(self, w: jax.Array) -> jax.Array:
         """P w."""
-        return dot(self.q, dot(self.u, w))[: -len(self.u)]
+        return dot(self.q, dot(self.u, w)).reshape(-1, w.shape[1])[: self.dim]
 
     def from_kernel(self, rows: jax.Array) -> jax.Array:
         """P^T rows."""
-        return dot(self.u.T, dot(self.q.T, jnp.pad(rows, ((0, len(self.u)), (0, 0)))))
+        blocks, size, _ = self.q.shape
+        rows = jnp.pad(rows, ((0, blocks * size - self.dim), (0, 0))).reshape(blocks, size, -1)
+        return jnp.sum(dot(self.u.mT, dot(self.q.mT, rows)), axis=0)
 
 
 @dataclass(frozen=True)
 class LQ:
     """The solver of the module's docstring, for a penalty that is no matrix."""
+
+    needs_units: ClassVar[bool] = False
 
     def factorize(self, problem: Problem, residual: Residual) -> None:
         del problem, residual
@@ -99,7 +108,7 @@ class LQ:
 
 def _stack(problem: Problem) -> _Stack:
     z, root = problem.root_weighted()
-    n = len(z)
+    n, d = z.shape
     eps, penalty = jnp.finfo(z.dtype).eps, problem.penalty.reshape(-1, 1)
     lam = jnp.min(penalty)
     scale = jnp.ones((1, 1), z.dtype)
@@ -109,32 +118,30 @@ def _stack(problem: Problem) -> _Stack:
     largest = jnp.maximum(jnp.max(jnp.abs(z) * scale.reshape(1, -1)), jnp.sqrt(lam))
     unit = power_of_two_above(largest.reshape(1, 1))
     scale, lam = scale / unit, (lam / unit / unit).reshape(())
-    q, r = jnp.linalg.qr(jnp.concatenate([scale * z.T, jnp.sqrt(lam) * jnp.eye(n, dtype=z.dtype)]))
-    u, sigma, vt = jnp.linalg.svd(r)
-    strength, cut = _norms_of_p(q, u) * sigma, _NOISE * eps * sigma[0]
+    blocks = max(1, min(d // (4 * n), _MAX_BLOCKS))
+    size = -(-d // blocks)
+    scales = jnp.broadcast_to(scale, (d, 1))
+
+    def factorize(k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Q_k and R_k."""
+        columns = k * size + jnp.arange(size)
+        rows = problem.features.at[:, columns].get(mode="fill", fill_value=0).T * root.T
+        return jnp.linalg.qr(rows * scales.at[columns].get(mode="fill", fill_value=0))
+
+    q, r = jax.lax.map(factorize, jnp.arange(blocks))
+    r = jnp.concatenate([r.reshape(-1, n), jnp.sqrt(lam) * jnp.eye(n, dtype=z.dtype)])
+    u, sigma, vt = jnp.linalg.svd(r, full_matrices=False)
+    u = u[:-n]
+    strength, cut = jnp.linalg.norm(u, axis=0) * sigma, _NOISE * eps * sigma[0]
     seen = (strength > cut) | (jnp.square(sigma) > eps * jnp.square(sigma[0]))
-    u = jnp.where(seen[None, :], u, jnp.where(jnp.isnan(u), u, 0))
+    u = jnp.where(seen[None, :], u, jnp.where(jnp.isnan(u), u, 0)).reshape(blocks, n, n)
     # Not zero: what the features do not explain determines a bias.
     inverse = 1 / _or_one(jnp.maximum(sigma, cut))[:, None]
     rcond = jnp.square(sigma[-1] / sigma[0])
     # What is rounding in V^T s must not meet 1 / Sigma^2: repeated samples would move the bias.
     rotated = dot(vt, root)
     rotated = jnp.where(jnp.abs(rotated) <= _NOISE * eps * jnp.linalg.norm(root), 0, rotated)
-    return _Stack(q, u, inverse, vt, scale, lam, root, inverse * rotated, rcond)
-
-
-def _norms_of_p(q: jax.Array, u: jax.Array) -> jax.Array:
-    """The norms of the columns of P, (n,), in blocks of its rows, since P is as large as q."""
-    d = len(q) - len(u)
-    size = -(-d // 8)
-
-    def add_block(k: jax.Array, squares: jax.Array) -> jax.Array:
-        rows = k * size + jnp.arange(size)
-        block = jnp.where((rows < d)[:, None], q[rows], 0)
-        return squares + jnp.sum(jnp.square(dot(block, u)), axis=0)
-
-    start = varying_like(jnp.zeros(u.shape[1], q.dtype), q)
-    return jnp.sqrt(jax.lax.fori_loop(0, 8, add_block, start))
+    return _Stack(q, u, inverse, vt, scale, lam, root, inverse * rotated, rcond, d)
 
 
 def _or_one(divisor: jax.Array) -> jax.Array:

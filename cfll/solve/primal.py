@@ -6,7 +6,7 @@ The ones column of the features is never built: their Gram matrix is bordered wi
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ class NormalEquations(NamedTuple):
 @dataclass(frozen=True)
 class Primal:
     """The solver of the module's docstring."""
+
+    needs_units: ClassVar[bool] = False
 
     def factorize(self, problem: Problem, residual: Residual) -> NormalEquations:
         features = problem.features

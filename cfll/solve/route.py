@@ -60,7 +60,14 @@ class SolveInfo(NamedTuple):
 
 
 class Solver(Protocol):
-    """One way to solve a `Problem`; hashable. A new one is one file with these three methods."""
+    """One way to solve a `Problem`; hashable. A new one is one file with these three methods.
+
+    Attributes:
+      needs_units: whether residuals and anchors must come in units of the residual, (1, o).
+    """
+
+    @property
+    def needs_units(self) -> bool: ...
 
     def factorize(self, problem: Problem, residual: Residual) -> Any:
         """What solving takes, in a type of the solver's own."""
