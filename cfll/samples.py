@@ -64,7 +64,7 @@ def check_batch(
             )
     if not jnp.issubdtype(targets.dtype, jnp.floating):
         raise TypeError(
-            f"targets has dtype {targets.dtype} and shape {targets.shape}; a squared loss needs "
+            f"targets has dtype {targets.dtype} and shape {targets.shape}; a loss needs "
             "floats. Class labels: one-hot them, jax.nn.one_hot(labels, num_classes). "
             "Numbers: targets.astype(jnp.float32)."
         )

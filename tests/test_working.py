@@ -379,3 +379,8 @@ def test_arguments_that_make_no_sense():
         rule.loss(
             jnp.ones((5, 4)), jnp.ones((5, 3)), initial_state(rule, cfll.LinearHead.zeros(4, 3))
         )
+    rule = cfll.softmax(1.0)
+    with pytest.raises(ValueError, match=r"features and targets ask for \(4, 2\)"):
+        rule.loss(
+            jnp.ones((5, 4)), jnp.ones((5, 2)), initial_state(rule, cfll.LinearHead.zeros(4, 3))
+        )

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from cfll import samples
-from cfll.heads import LinearHead, widest_dtype
+from cfll.heads import LinearHead, check_anchor, widest_dtype
 from cfll.rules.rule import Penalty, Rule, Solution, penalty_state
 from cfll.solve import CG, SolveInfo, penalized_solve
 from cfll.solve.problem import Problem, as_penalty, bias_penalty_of, check_penalty
@@ -159,6 +159,7 @@ def _rule(loss: Loss, lam: Penalty, steps: int, penalize_bias: bool, solver: str
         """Problem, and targets (n, o) and anchor, in one dtype."""
         features, targets = samples.check_batch(features, targets, sample_weight)
         has_bias, d = state.anchor.bias is not None, features.shape[-1]
+        check_anchor(state.anchor, d, targets.shape[-1])
         check_penalty("lam", penalty, d, features.size // d, has_bias and not penalize_bias)
         dtype = widest_dtype(features, targets, state.anchor.kernel)
         valid = (targets >= loss.smallest) & (targets <= loss.largest)
