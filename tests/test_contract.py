@@ -94,6 +94,7 @@ CALLS = {
     "GramStats.ridge": lambda s: SUMS.ridge(s),
     "GramStats.ridge, free": lambda s: SUMS.ridge(s, penalize_bias=False),
     "GramStats.prox": lambda s: SUMS.prox(HEAD, s),
+    "bayesian_ridge": lambda s: cfll.bayesian_ridge(SUMS, HEAD)[0].predict(s * F),
     "GramStats.solve": lambda s: SUMS.solve(HEAD, s * np.ones(4, np.float32)),
     "prox": loss_of(RULE),
     "ridge": loss_of(cfll.ridge(1.0, **FAST)),
@@ -121,7 +122,8 @@ CALLS = {
 
 def test_every_public_function_is_called():
     text = inspect.getsource(inspect.getmodule(test_every_public_function_is_called))
-    types = {"CG", "ClosedFormState", "HeadInfo", "Route", "Rule", "Solution", "SolveInfo"}
+    types = {"CG", "ClosedFormState", "EvidenceInfo", "HeadInfo", "Posterior", "Route", "Rule"}
+    types |= {"Solution", "SolveInfo"}
     assert [name for name in {*cfll.__all__} - types if f"cfll.{name}" not in text] == []
 
 
