@@ -119,6 +119,23 @@ def test_ninety_of_a_hundred_targets_are_within_their_interval():
         np.testing.assert_allclose(covered.mean(axis=0), 0.9, atol=0.02)
 
 
+def test_rows_held_out_rescale_each_output():
+    features, targets = (rows.astype(np.float32) for rows in problem(400, 6, o=2))
+    posterior, _ = posterior_of(features[:100], targets[:100])
+    scale = np.array([0.1, 3.0], np.float32)  # as if the backbone had fitted noise
+    wrong = posterior._replace(
+        variances=posterior.variances * scale[None], noise_variance=posterior.noise_variance * scale
+    )
+    rows = features[100:].reshape(3, 100, 6), targets[100:].reshape(3, 100, 2)
+    right = wrong.rescaled(*rows)
+    mean, variance = right.predict(rows[0])
+    np.testing.assert_allclose(np.mean((rows[1] - mean) ** 2 / variance, axis=(0, 1)), 1, rtol=1e-4)
+    np.testing.assert_allclose(mean, posterior.head(rows[0]))
+    expected = posterior.rescaled(*rows)
+    np.testing.assert_allclose(right.variances, expected.variances, rtol=1e-4)
+    np.testing.assert_allclose(right.noise_variance, expected.noise_variance, rtol=1e-4)
+
+
 def test_data_without_signal_noise_or_samples():
     features = RNG.normal(size=(200, 5)).astype(np.float32)
     noise = RNG.normal(size=(200, 1)).astype(np.float32)
