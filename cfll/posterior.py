@@ -71,7 +71,7 @@ class Posterior(NamedTuple):
         kernel = self.directions[: features.shape[-1]]
         bias = None if self.head.bias is None else self.directions[-1]
         along = LinearHead(kernel, bias)(features)
-        return dot(jnp.square(along), self.variances)
+        return dot(jnp.square(along), jnp.asarray(self.variances, along.dtype))
 
     def predict(self, features: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and variance of new targets, both (..., o), for features (..., d).
@@ -79,8 +79,8 @@ class Posterior(NamedTuple):
         The variance is that of a target: `head_variance` and noise.
         """
         variance = self.head_variance(features)
-        noise = self.noise_variance.reshape((1,) * (variance.ndim - 1) + (-1,))
-        return self.head(features), variance + noise
+        noise = jnp.asarray(self.noise_variance, variance.dtype)
+        return self.head(features), variance + noise.reshape((1,) * (variance.ndim - 1) + (-1,))
 
     def rescaled(self, features: jax.Array, targets: jax.Array) -> "Posterior":
         """The same, with all variances of an output times one factor: right on rows held out.
