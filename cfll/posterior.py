@@ -31,8 +31,6 @@ from cfll.solve.cholesky import dot
 from cfll.solve.problem import add
 from cfll.stats import GramStats, center
 
-# Eigenvalues of sums below this, in multiples of the machine epsilon of the largest, are rounding.
-_SINGULAR = 8
 # Beta is sought where a slope changes its sign, on grids of so many cells, one inside the other.
 _CELLS, _GRIDS = 32, 13
 
@@ -102,6 +100,8 @@ class EvidenceInfo(NamedTuple):
       beta: (o,), the most likely penalties. At an end of their range, eps^2 or 1 / eps times the
         largest eigenvalue of the Gram matrix, there is no noise, or nothing that features explain.
       num_effective: (o,), how many directions of the features the data determine, of d.
+      rcond: (o,), smallest over largest eigenvalue of the penalized Gram matrix. Below 1e-6 float32
+        sums have lost directions that count: sum in float64.
       noise_rcond: (o,), the squares that no head explains, by the size of what was subtracted to
         find them. The noise variance errs by about 1e-7 / noise_rcond in float32: below 1e-5 it is
         unknown. Then sum residuals, see ``anchor``.
@@ -109,6 +109,7 @@ class EvidenceInfo(NamedTuple):
 
     beta: jax.Array
     num_effective: jax.Array
+    rcond: jax.Array
     noise_rcond: jax.Array
 
 
@@ -170,11 +171,12 @@ def _bayesian_ridge(stats: GramStats, anchor: LinearHead) -> tuple[Posterior, Ev
         gram, cross, count = around[:, :d], around[:, d:], count - 1
     values, vectors = jnp.linalg.eigh(gram)
     values, info = values[:, None], jnp.finfo(dtype)
-    unseen = values <= _SINGULAR * info.eps * values[-1:]
+    rcond = jnp.maximum(values[0], 0) / values[-1]
+    unseen = values <= info.eps * values[-1:]  # rounding
     values = jnp.where(unseen, 0, values)
 
     def over_values(rows: jax.Array, beta: jax.Array) -> jax.Array:
-        # In directions that nothing was seen in the anchor stays.
+        # Where nothing was seen the anchor stays.
         return jnp.where(unseen, 0, rows / jnp.where(unseen, 1, values + beta))
 
     weights, products = dot(vectors.T, anchor.kernel), dot(vectors.T, cross)
@@ -201,7 +203,8 @@ def _bayesian_ridge(stats: GramStats, anchor: LinearHead) -> tuple[Posterior, Ev
         vectors = jnp.block([[vectors, zeros], [-dot(mean, vectors), corner]])
         variances = jnp.concatenate([variances, noise[None] / stats.weight_sum])
     head = add(anchor, LinearHead(kernel, bias))
-    found = EvidenceInfo(beta[0], jnp.sum(1 - kept, axis=0), noise_rcond)
+    rcond = rcond + beta[0] / jnp.max(values)
+    found = EvidenceInfo(beta[0], jnp.sum(1 - kept, axis=0), rcond, noise_rcond)
     return Posterior(head, vectors, variances, noise), found
 
 
