@@ -24,6 +24,7 @@ def main() -> None:
     from benchmarks.experiments.results import results
     from benchmarks.experiments.speed import speed
     from benchmarks.experiments.theory import theory
+    from benchmarks.experiments.uncertainty import uncertainty
 
     commands: dict[str, Any] = {
         "quickstart": quickstart,
@@ -40,6 +41,7 @@ def main() -> None:
         "speed": speed,
         "numerics": numerics,
         "bfloat16": bfloat16,
+        "uncertainty": uncertainty,
         "results": results,
     }
     try:

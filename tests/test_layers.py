@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cfll"
 # Bottom to top, as in cfll/__init__.py; beside the last, two-stage heads and Flax.
-LAYERS = ["heads", "samples", "solve", "stats", "losses", "rules", "keywords", "transform"]
-LAYERS += ["networks", "iv", "flax"]
+LAYERS = ["heads", "samples", "solve", "stats", "posterior", "losses", "rules", "keywords"]
+LAYERS += ["transform", "networks", "iv", "flax"]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -128,6 +128,7 @@ def exact_sums(features, targets):
     """The sums in float64."""
     features, targets = (np.asarray(a, float).reshape(-1, a.shape[-1]) for a in (features, targets))
     sums = (features.T @ features, features.T @ targets, features.sum(0), targets.sum(0))
+    sums += ((targets**2).sum(0),)
     return cfll.GramStats(*sums, np.float64(len(features)))
 
 

@@ -22,6 +22,7 @@ from benchmarks.experiments import (
     numerics,
     speed,
     theory,
+    uncertainty,
 )
 from benchmarks.records import Records
 
@@ -66,6 +67,7 @@ SECTIONS = (
     Section("speed.jsonl", speed.summarize),
     Section("numerics.jsonl", numerics.summarize),
     Section("bfloat16.jsonl", bfloat16.summarize),
+    Section("uncertainty.jsonl", uncertainty.summarize),
 )
 
 

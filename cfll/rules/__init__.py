@@ -1,6 +1,7 @@
 """Rules: how the next head follows. One rule, one file; `rule` has what they share."""
 
 from cfll.rules.every import every
+from cfll.rules.kalman import KalmanState, kalman
 from cfll.rules.prox import prox
 from cfll.rules.ridge import averaged_ridge, ridge
 from cfll.rules.rule import ClosedFormState, HeadInfo, PenaltyState, Rule, Solution
@@ -9,12 +10,14 @@ from cfll.rules.working import huber, logistic, poisson, softmax
 __all__ = [
     "ClosedFormState",
     "HeadInfo",
+    "KalmanState",
     "PenaltyState",
     "Rule",
     "Solution",
     "averaged_ridge",
     "every",
     "huber",
+    "kalman",
     "logistic",
     "poisson",
     "prox",

@@ -62,7 +62,7 @@ class ClosedFormState(NamedTuple):
       count: int32, number of updates, rejected ones included.
       anchor: the current head, W_t, in float32 or float64. The truth: bfloat16 parameters hold it
         rounded.
-      rule_state: the rule's own state; for the rules of this library it holds ``lam``.
+      rule_state: the rule's own state; where there is a penalty it holds ``lam``.
       info: a `HeadInfo`.
       path: ``{path of the head: None}``. A key, since keys are no arrays and survive every
         checkpoint.
