@@ -1,9 +1,20 @@
 """Strict promotion for the whole suite: a silent cast or broadcast in cfll is an error here."""
 
+import os
 from pathlib import Path
 
 import jax
 import pytest
+
+# Nine tenths of the time is compilation. What is compiled is kept for the other workers, for
+# processes that tests start, and for the next run; `python -m pytest --cache-clear` forgets it.
+COMPILED = {
+    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "xla"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+os.environ.update({**COMPILED, **os.environ})
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -23,6 +34,14 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def quick_compilation():
+    """Compile without optimizing, in a third less time: for runs of the benchmarks."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 import cfll
@@ -44,25 +43,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(imagenet.PRESETS, "cpu", SIZES)
-
-
-@pytest.fixture(scope="module")
-def quick_compilation(tmp_path_factory):
-    """Compile steps without optimizing them, and once: it is most of the time of these tests."""
-    options = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 class NoProgress:

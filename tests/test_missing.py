@@ -65,13 +65,16 @@ def test_the_loss_is_that_of_the_targets_that_are_there(x64):
     batch = jnp.asarray(FEATURES), jnp.asarray(TARGETS), head_of(ANCHOR), 0.3
     weights = jnp.asarray(WEIGHTS)
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(features):
         return cfll.prox_loss(features, *batch[1:], sample_weight=weights)[0]
 
-    assert loss(batch[0]) == pytest.approx(objective(by_output(0.3), 0.3))
+    value, grad = loss(batch[0])
+    assert value == pytest.approx(objective(by_output(0.3), 0.3))
     # The envelope: the derivative at the fixed head is that of the minimum.
-    grad, step = jax.grad(loss)(batch[0]), 1e-6 * RNG.normal(size=(N, D))
-    change = loss(batch[0] + step) - loss(batch[0] - step)
+    step = 1e-6 * RNG.normal(size=(N, D))
+    change = loss(batch[0] + step)[0] - loss(batch[0] - step)[0]
     assert change == pytest.approx(2 * float(jnp.sum(grad * step)), rel=1e-6)
 
 

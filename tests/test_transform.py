@@ -47,6 +47,7 @@ def make_step(tx, x=X, y=Y, **keywords):
 
 
 PROX = cfll.prox(lam=1.0)
+FAST = cfll.prox(lam=1.0, solver="primal")  # to compile, where the route does not matter
 
 
 # The paper's algorithms, each in a plain Optax step -----------------------------------------------
@@ -222,7 +223,7 @@ def test_state_types_are_stable_under_cond_and_scan(standard_promotion):
 def test_a_constant_schedule_is_a_number():
     params, results = make_params(), []
     for lam in (3.0, optax.constant_schedule(3.0)):
-        tx = cfll.closed_form(optax.sgd(0.1), cfll.prox(lam))
+        tx = cfll.closed_form(optax.sgd(0.1), cfll.prox(lam, solver="primal"))
         step, p, state = make_step(tx), params, tx.init(params)
         for _ in range(3):
             p, state = step(p, state)
@@ -231,7 +232,7 @@ def test_a_constant_schedule_is_a_number():
 
 
 def test_a_schedule_moves_the_recorded_lam():
-    tx = cfll.closed_form_head(cfll.prox(lam=optax.linear_schedule(1.0, 5.0, 4)))
+    tx = cfll.closed_form_head(cfll.prox(optax.linear_schedule(1.0, 5.0, 4), solver="primal"))
     params = make_params()
     step, state = make_step(tx), tx.init(params)
     seen = []
@@ -324,7 +325,7 @@ def test_the_backbone_optimizer_stores_nothing_for_the_head():
     ],
 )
 def test_backbone_optimizers(standard_promotion, optimizer):
-    tx, params = cfll.closed_form(optimizer, PROX), make_params()
+    tx, params = cfll.closed_form(optimizer, FAST), make_params()
     step, state = make_step(tx), tx.init(params)
     for _ in range(3):
         params, state = step(params, state)
@@ -394,8 +395,8 @@ def test_singular_features_are_solved_and_the_route_is_shown():
 
 
 def test_something_else_writing_the_head_shows_as_drift():
-    wrong_order = optax.chain(cfll.closed_form_head(PROX), optax.sgd(0.1))
-    right_order = optax.chain(optax.sgd(0.1), cfll.closed_form_head(PROX))
+    wrong_order = optax.chain(cfll.closed_form_head(FAST), optax.sgd(0.1))
+    right_order = optax.chain(optax.sgd(0.1), cfll.closed_form_head(FAST))
     drifts = []
     for tx in (right_order, wrong_order):
         params = make_params()
@@ -514,7 +515,7 @@ def check_every_third(step, params, state):
 
 
 def test_every_kth_update_solves(standard_promotion):
-    always, third = (cfll.closed_form(optax.sgd(0.1), cfll.every(k, PROX)) for k in (1, 3))
+    always, third = (cfll.closed_form(optax.sgd(0.1), cfll.every(k, FAST)) for k in (1, 3))
     params = make_params()
     history = check_every_third(make_step(third), params, third.init(params))
     # The first update is the one that solves always.
@@ -523,7 +524,7 @@ def test_every_kth_update_solves(standard_promotion):
 
 
 def test_every_kth_update_solves_in_the_order_of_equation_17():
-    rule = cfll.every(3, PROX)
+    rule = cfll.every(3, FAST)
     tx = cfll.closed_form(optax.sgd(0.1), rule)
 
     @jax.jit
