@@ -74,8 +74,9 @@ def kalman(
 
     For frozen and slowly moving backbones: without q and f the head, from zeros, is the ridge head
     of all samples seen, each counted once. While a backbone trains fast this is *worse* than
-    `cfll.prox`: it trusts what the features of long ago have said. `cfll.prox` is this rule with
-    the covariance forgotten at every step, :math:`\Sigma = I / \lambda` (Appendix A of the paper).
+    `cfll.prox`, several times where noise is small: it trusts what the features of long ago have
+    said. (Only where noise is what limits a network may it be ahead, too.) `cfll.prox` is this rule
+    with the covariance forgotten at every step, :math:`\Sigma = I / \lambda` (Appendix A).
     The state has m^2 numbers, m = d + 1; an update takes O(m^2 n) with n < m samples, and O(m^3)
     more with q or f. There is no ``axis_name``: shard the batch and jit.
 
