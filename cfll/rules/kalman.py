@@ -9,14 +9,15 @@ output k. In units of the root R a batch with weights S is least squares with a 
     R R^\top \leftarrow R (I + F^\top F)^{-1} R^\top,
 
 and :math:`R z` is added to the weights. Only the root is kept: what it stands for is symmetric and
-positive in any precision. With fewer samples than weights (Andrews 1968), with more, and in a
-process without noise the new root is
+positive after any number of steps in any precision. The new root, with fewer samples than weights
+(Andrews 1968) and with more, is
 
 .. math::
     R - R F^\top L^{-\top} (L + I)^{-1} F, \quad L L^\top = I + F F^\top, \qquad
     R T^{-1}, \quad T^\top T = I + F^\top F.
 
-The minima, divided by the number of samples, are the noise variance: its evidence is largest there.
+Where I would lose its digits in the sum, T comes from a QR of both. The noise variance of largest
+evidence is the sum of the minima, divided by the number of samples.
 """
 
 from functools import partial
@@ -73,10 +74,11 @@ def kalman(
 
     For frozen and slowly moving backbones: without q and f the head, from zeros, is the ridge head
     of all samples seen, each counted once. While a backbone trains fast this is *worse* than
-    `cfll.prox`: it trusts what the features of long ago have said. `cfll.prox` is this rule with
-    the covariance forgotten at every step, :math:`\Sigma = I / \lambda` (Appendix A of the paper).
-    The state has m^2 numbers, m = d + 1; an update takes O(m^2 n + n^3) with n < m samples, else,
-    and with ``process_noise``, O(m^3).
+    `cfll.prox`, several times where noise is small: it trusts what the features of long ago have
+    said. (Only where noise is what limits a network may it be ahead, too.) `cfll.prox` is this rule
+    with the covariance forgotten at every step, :math:`\Sigma = I / \lambda` (Appendix A).
+    The state has m^2 numbers, m = d + 1; an update takes O(m^2 n) with n < m samples, and O(m^3)
+    more with q or f. There is no ``axis_name``: shard the batch and jit.
 
     Args:
       beta: the penalty of the first head, in units of features squared times samples: variances of
