@@ -8,10 +8,12 @@ imported by those who use Flax.
 from cfll.heads import LinearHead, get_head, set_head
 from cfll.losses import prox_loss, ridge_loss
 from cfll.rules import (
+    AdaptiveState,
     ClosedFormState,
     HeadInfo,
     Rule,
     Solution,
+    adaptive_prox,
     averaged_ridge,
     every,
     huber,
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "AdaptiveState",
     "ClosedFormState",
     "GramStats",
     "HeadInfo",
@@ -37,6 +40,7 @@ __all__ = [
     "Rule",
     "Solution",
     "SolveInfo",
+    "adaptive_prox",
     "averaged_ridge",
     "closed_form",
     "closed_form_head",

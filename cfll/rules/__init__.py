@@ -1,5 +1,6 @@
 """Rules: how the next head follows. One rule, one file; `rule` has what they share."""
 
+from cfll.rules.adaptive import AdaptiveState, adaptive_prox
 from cfll.rules.every import every
 from cfll.rules.prox import prox
 from cfll.rules.ridge import averaged_ridge, ridge
@@ -7,11 +8,13 @@ from cfll.rules.rule import ClosedFormState, HeadInfo, PenaltyState, Rule, Solut
 from cfll.rules.working import huber, logistic, poisson, softmax
 
 __all__ = [
+    "AdaptiveState",
     "ClosedFormState",
     "HeadInfo",
     "PenaltyState",
     "Rule",
     "Solution",
+    "adaptive_prox",
     "averaged_ridge",
     "every",
     "huber",

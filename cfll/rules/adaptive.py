@@ -1,0 +1,170 @@
+"""adaptive_prox: stay near the previous head, as near as the batch itself says."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cfll import samples
+from cfll.heads import LinearHead, widest_dtype
+from cfll.losses import penalized_loss
+from cfll.rules.penalized import AxisName
+from cfll.rules.prox import prox
+from cfll.rules.rule import Rule
+from cfll.solve import CG, penalized_solve
+
+# Of the descent on log lam: its rate, and the decay of the running means of slope and square.
+_RATE, _MEAN_DECAY, _SQUARE_DECAY, _SMALL = 0.3, 0.8, 0.95, 3e-3
+
+
+class AdaptiveState(NamedTuple):
+    r"""The state of `cfll.adaptive_prox`.
+
+    Attributes:
+      lam: the penalty of the last update; before the first that of features of norm one.
+      ratio: lam over the mean of :math:`\|\phi\|^2`.
+      slope: d log(error) / d log(lam) of the last update, on samples held out; 0 where there was
+        nothing to learn from. Below zero the head should have stayed nearer.
+      mean_slope: running mean of the slopes.
+      mean_square: running mean of their squares.
+    """
+
+    lam: jax.Array
+    ratio: jax.Array
+    slope: jax.Array
+    mean_slope: jax.Array
+    mean_square: jax.Array
+
+
+def adaptive_prox(
+    *,
+    ceiling: float = 300.0,
+    penalize_bias: bool = True,
+    solver: str | CG = "auto",
+    axis_name: AxisName | None = None,
+) -> Rule:
+    r"""The proximal rule with a penalty that tunes itself.
+
+    .. math::
+        W_{t+1} = \arg\min_W \sum_i \|y_i - W^\top \phi_i\|^2 + \lambda_t \|W - W_t\|_F^2, \quad
+        \log \lambda_t = \log \lambda_{t-1} - \eta \, \frac{m}{\sqrt{v}}
+
+    One half of the batch is solved for by itself; m and v are the running means of slope and
+    squared slope, by log lam, of the log error on the other half. The halves are the even and odd
+    samples of the *first* axis (functions, not their grid points), and take turns. What is tuned is
+    :math:`\lambda` over the mean of :math:`\|\phi\|^2`, so that features may grow.
+
+    Validation knows no more than the batch. Data that were seen before ask for a head that never
+    moves again, and the first batch of many classes for one that fits it. Therefore lam starts at
+    a ceiling and does not exceed it.
+
+    Args:
+      ceiling: largest lam, and the first, in units of the mean of :math:`\|\phi\|^2` over the
+        samples: about how many of them the head remembers in its strongest direction.
+      penalize_bias, solver, axis_name: as in `cfll.prox`. Devices validate on their own samples,
+        and share the slope.
+
+    Returns:
+      A `cfll.Rule`; ``state.lam`` and ``state.rule_state.slope`` show what it does.
+
+    Raises:
+      ValueError: for a ceiling that is not positive; while tracing, for batches whose first axis
+        has a single sample.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from cfll.rules.rule import initial_state
+      >>> rule, x, y = adaptive_prox(), jnp.eye(4), jnp.ones((4, 1))
+      >>> loss, solution = rule.loss(x, y, initial_state(rule, LinearHead.zeros(4, 1)))
+      >>> print(solution.rule_state.lam <= 300)
+      True
+    """
+    if not isinstance(ceiling, jax.core.Tracer) and not float(ceiling) > 0:
+        raise ValueError(f"ceiling is {ceiling}; write ceiling > 0, e.g. 300.0.")
+    options: Any = {"penalize_bias": penalize_bias, "solver": solver}
+    base = prox(1.0, axis_name=axis_name, **options)  # for what is wrong with the options
+
+    def init(anchor):
+        def full(value: Any) -> jax.Array:
+            return jnp.full((), value, anchor.kernel.dtype)
+
+        return AdaptiveState(full(ceiling), full(ceiling), full(0), full(0), full(_SMALL))
+
+    def solve(features, targets, state, *, sample_weight=None):
+        features, targets = samples.check_batch(features, targets, sample_weight, per_output=True)
+        if len(features) < 2:
+            raise ValueError(
+                f"features has shape {features.shape}: adaptive_prox learns lam from one half of "
+                "the first axis about the other. Write batches of two and more there, or cfll.prox."
+            )
+
+        def run(features: jax.Array, targets: jax.Array, weights: Any, state: Any) -> Any:
+            batch = features, targets, weights
+            return tune(jax.lax.stop_gradient(batch), jax.lax.stop_gradient(state))
+
+        specs = jax.tree.map(lambda _: jax.P(), state.rule_state)
+        run = samples.let_xla_shard(run, features, specs)
+        rule_state = run(features, targets, sample_weight, state)
+        rule = prox(rule_state.lam, axis_name=axis_name, **options)
+        solution = rule.solve(features, targets, state, sample_weight=sample_weight)
+        return solution._replace(rule_state=rule_state)
+
+    def tune(batch, state):
+        old, anchor = state.rule_state, state.anchor
+        dtype = anchor.kernel.dtype
+
+        def shared(measured: Any) -> Any:
+            measured = jax.tree.map(lambda x: jnp.asarray(x, dtype), measured)
+            return measured if axis_name is None else jax.lax.pmean(measured, axis_name)
+
+        squares, count = shared(_squared_norms(batch))
+        norm = squares / jnp.where(count > 0, count, jnp.ones_like(count))
+        seen = (norm > 0) & jnp.isfinite(norm)
+        lam = jnp.where(seen, old.ratio * norm, old.lam)
+        error, change = shared(_validate(batch, anchor, state.count % 2, lam, options))
+        slope = change / jnp.where(error > 0, error, jnp.ones_like(error))
+        usable = seen & jnp.isfinite(slope) & (slope != 0) & (error > 0)
+        mean = _MEAN_DECAY * old.mean_slope + (1 - _MEAN_DECAY) * slope
+        square = _SQUARE_DECAY * old.mean_square + (1 - _SQUARE_DECAY) * jnp.square(slope)
+        ratio = old.ratio * jnp.exp(-_RATE * mean / (jnp.sqrt(square) + _SMALL))
+        ratio = jnp.clip(ratio, jnp.finfo(dtype).eps, jnp.asarray(ceiling, dtype))
+        new = AdaptiveState(ratio * norm, ratio, slope, mean, square)
+        kept = old._replace(lam=lam, slope=jnp.zeros_like(slope))
+        return jax.tree.map(lambda new, kept: jnp.where(usable, new, kept), new, kept)
+
+    return Rule(init, solve, base.objective)
+
+
+def _validate(
+    batch: Any, anchor: LinearHead, turn: jax.Array, lam: jax.Array, options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The error on one half of the head of the other, and its derivative by log lam."""
+
+    def part(k: jax.Array) -> Any:
+        # Pairs, so that devices keep the samples that they have.
+        def choose(array: jax.Array) -> jax.Array:
+            pairs = array[: len(array) // 2 * 2].reshape(-1, 2, *array.shape[1:])
+            return jax.lax.dynamic_index_in_dim(pairs, k, axis=1, keepdims=False)
+
+        return jax.tree.map(choose, batch)
+
+    features, targets, weights = part(turn)
+    unseen_features, unseen_targets, unseen_weights = part(1 - turn)
+
+    def error(log_lam: jax.Array) -> jax.Array:
+        keywords = {"sample_weight": weights, **options}
+        head, _ = penalized_solve(features, targets, anchor, jnp.exp(log_lam), **keywords)
+        return penalized_loss(head, unseen_features, unseen_targets, sample_weight=unseen_weights)
+
+    log_lam = jnp.log(lam)
+    return jax.jvp(error, (log_lam,), (jnp.ones_like(log_lam),))
+
+
+def _squared_norms(batch: Any) -> tuple[jax.Array, jax.Array]:
+    """The sum of the features' squared norms, and how many those are."""
+    features, targets, weights = batch
+    rows = samples.flatten(features, targets, weights, widest_dtype(features))
+    norms = jnp.sum(jnp.square(rows.features), axis=1, keepdims=True)
+    outputs = rows.targets.shape[1]
+    weighted = rows.weigh(jnp.broadcast_to(norms, rows.targets.shape))
+    return jnp.sum(weighted) / outputs, rows.total()
