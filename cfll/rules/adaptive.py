@@ -151,13 +151,18 @@ def _validate(
     features, targets, weights = part(turn)
     unseen_features, unseen_targets, unseen_weights = part(1 - turn)
 
-    def error(log_lam: jax.Array) -> jax.Array:
-        keywords = {"sample_weight": weights, **options}
-        head, _ = penalized_solve(features, targets, anchor, jnp.exp(log_lam), **keywords)
+    def solve(targets: jax.Array, near: LinearHead) -> LinearHead:
+        return penalized_solve(features, targets, near, lam, sample_weight=weights, **options)[0]
+
+    def error(head: LinearHead) -> jax.Array:
         return penalized_loss(head, unseen_features, unseen_targets, sample_weight=unseen_weights)
 
-    log_lam = jnp.log(lam)
-    return jax.jvp(error, (log_lam,), (jnp.ones_like(log_lam),))
+    # The derivative of the step A^{-1} Phi^T R by log lam is -lam A^{-1} step: what a head that
+    # starts at minus the step keeps of it where all targets are zero. XLA makes one factor of both.
+    head = solve(targets, anchor)
+    step_back = jax.tree.map(lambda old, new: jnp.asarray(old, new.dtype) - new, anchor, head)
+    by_log_lam = solve(jnp.zeros_like(targets), step_back)
+    return jax.jvp(error, (head,), (by_log_lam,))
 
 
 def _squared_norms(batch: Any) -> tuple[jax.Array, jax.Array]:
