@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks import comparison, methods
 from benchmarks.data import burgers as burgers_data
-from benchmarks.experiments import bfloat16, burgers, classification, dfiv, results
+from benchmarks.experiments import bfloat16, burgers, classification, dfiv, results, rules
 from benchmarks.methods import ALGORITHM_1, GRADIENT, PROXIMAL, RIDGE, Method
 from benchmarks.models.cnn import CNN
 from benchmarks.models.fno import FNO1d
@@ -186,6 +186,17 @@ def test_bfloat16_runs_stops_and_resumes(monkeypatch, tmp_path, capsys):
     found = bfloat16.summarize(Records(path), tmp_path)
     assert [claim.holds for claim in found.claims].count(None) == 0
     assert len(found.tables[0].rows) == 2
+
+
+def test_rules_runs_stops_and_resumes(tiny_burgers, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rules, "RATES", (0.01, 0.03))
+    monkeypatch.setattr(rules, "LAMS", (1.0, 100.0))
+    monkeypatch.setitem(rules.SIZES, "small", rules.Size(("SGD",), {"burgers": (8,)}, (0, 1)))
+    path = tmp_path / "rules_burgers.jsonl"
+    lines = stop_and_resume(lambda: rules.rules(out=tmp_path), path, monkeypatch)
+    assert 5 <= len(lines) <= 8  # a joint grid of one rate or two, and the second seed
+    said = " ".join(capsys.readouterr().out.split())
+    assert "With SGD it is within 10 % of the best fixed penalty" in said
 
 
 def test_a_half_precision_backbone_keeps_parameters_and_head_in_float32():
