@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cfll import samples
 from cfll.heads import LinearHead, widest_dtype
@@ -15,14 +16,18 @@ from cfll.solve import CG, penalized_solve
 
 # Of the descent on log lam: its rate, and the decay of the running means of slope and square.
 _RATE, _MEAN_DECAY, _SQUARE_DECAY, _SMALL = 0.3, 0.8, 0.95, 3e-3
+# What the first batch chooses from, in units of the ceiling, largest first: the first one whose
+# error is close to the least. Where no head is of use yet it should stay small: the backbone then
+# learns more.
+_CANDIDATES, _TOLERANCE = 4.0 ** -np.arange(12), 1.05
 
 
 class AdaptiveState(NamedTuple):
     r"""The state of `cfll.adaptive_prox`.
 
     Attributes:
-      lam: the penalty of the last update; before the first that of features of norm one.
-      ratio: lam over the mean of :math:`\|\phi\|^2`.
+      lam: the penalty of the last update.
+      ratio: lam over the mean of :math:`\|\phi\|^2`; 0 until a batch has set it.
       slope: d log(error) / d log(lam) of the last update, on samples held out; 0 where there was
         nothing to learn from. Below zero the head should have stayed nearer.
       mean_slope: running mean of the slopes.
@@ -54,13 +59,13 @@ def adaptive_prox(
     samples of the *first* axis (functions, not their grid points), and take turns. What is tuned is
     :math:`\lambda` over the mean of :math:`\|\phi\|^2`, so that features may grow.
 
-    Validation knows no more than the batch. Data that were seen before ask for a head that never
-    moves again, and the first batch of many classes for one that fits it. Therefore lam starts at
-    a ceiling and does not exceed it.
+    The first batch sets it to the largest of a dozen whose error is within 5 % of the least: there
+    is no start to choose. Data that were seen before ask for a head that never moves again:
+    therefore lam has a ceiling.
 
     Args:
-      ceiling: largest lam, and the first, in units of the mean of :math:`\|\phi\|^2` over the
-        samples: about how many of them the head remembers in its strongest direction.
+      ceiling: largest lam, in units of the mean of :math:`\|\phi\|^2` over the samples. There the
+        head remembers at least so many samples in each direction.
       penalize_bias, solver, axis_name: as in `cfll.prox`. Devices validate on their own samples,
         and share the slope.
 
@@ -88,7 +93,7 @@ def adaptive_prox(
         def full(value: Any) -> jax.Array:
             return jnp.full((), value, anchor.kernel.dtype)
 
-        return AdaptiveState(full(ceiling), full(ceiling), full(0), full(0), full(_SMALL))
+        return AdaptiveState(full(0), full(0), full(0), full(0), full(_SMALL))
 
     def solve(features, targets, state, *, sample_weight=None):
         features, targets = samples.check_batch(features, targets, sample_weight, per_output=True)
@@ -118,38 +123,57 @@ def adaptive_prox(
             return measured if axis_name is None else jax.lax.pmean(measured, axis_name)
 
         squares, count = shared(_squared_norms(batch))
-        norm = squares / jnp.where(count > 0, count, jnp.ones_like(count))
-        seen = (norm > 0) & jnp.isfinite(norm)
-        lam = jnp.where(seen, old.ratio * norm, old.lam)
-        error, change = shared(_validate(batch, anchor, state.count % 2, lam, options))
-        slope = change / jnp.where(error > 0, error, jnp.ones_like(error))
+        seen = (squares > 0) & jnp.isfinite(squares)
+        norm = jnp.where(seen, squares / jnp.where(count > 0, count, 1), 1)
+        halves = _half(batch, state.count % 2), _half(batch, 1 - state.count % 2)
+
+        def validate(ratio: jax.Array) -> Any:
+            return shared(_validate(*halves, anchor, ratio * norm, options))
+
+        def search() -> jax.Array:
+            errors = jax.lax.map(lambda ratio: validate(ratio)[0], candidates)
+            errors = jnp.where(jnp.isfinite(errors), errors, jnp.inf)
+            return candidates[jnp.argmax(errors <= _TOLERANCE * jnp.min(errors))]
+
+        candidates = jnp.asarray(ceiling, dtype) * jnp.asarray(_CANDIDATES, dtype)
+        kept_ratio = samples.varying_like(old.ratio, squares)
+        first = old.ratio == 0
+        if samples.concrete(first) is not None:  # outside of jit a cond compiles at every call
+            start = search() if first else kept_ratio
+        else:
+            start = jax.lax.cond(first, search, lambda: kept_ratio)
+        error, change = validate(start)
+        slope = change / jnp.where(error > 0, error, 1)
         usable = seen & jnp.isfinite(slope) & (slope != 0) & (error > 0)
         mean = _MEAN_DECAY * old.mean_slope + (1 - _MEAN_DECAY) * slope
         square = _SQUARE_DECAY * old.mean_square + (1 - _SQUARE_DECAY) * jnp.square(slope)
-        ratio = old.ratio * jnp.exp(-_RATE * mean / (jnp.sqrt(square) + _SMALL))
+        ratio = start * jnp.exp(-_RATE * mean / (jnp.sqrt(square) + _SMALL))
         ratio = jnp.clip(ratio, jnp.finfo(dtype).eps, jnp.asarray(ceiling, dtype))
         new = AdaptiveState(ratio * norm, ratio, slope, mean, square)
+        lam = jnp.where(seen | (old.lam == 0), start * norm, old.lam)
         kept = old._replace(lam=lam, slope=jnp.zeros_like(slope))
         return jax.tree.map(lambda new, kept: jnp.where(usable, new, kept), new, kept)
 
     return Rule(init, solve, base.objective)
 
 
-def _validate(
-    batch: Any, anchor: LinearHead, turn: jax.Array, lam: jax.Array, options: Any
-) -> tuple[jax.Array, jax.Array]:
-    """The error on one half of the head of the other, and its derivative by log lam."""
+def _half(batch: Any, k: jax.Array) -> Any:
+    """The even or the odd samples."""
 
-    def part(k: jax.Array) -> Any:
+    def choose(array: jax.Array) -> jax.Array:
         # Pairs, so that devices keep the samples that they have.
-        def choose(array: jax.Array) -> jax.Array:
-            pairs = array[: len(array) // 2 * 2].reshape(-1, 2, *array.shape[1:])
-            return jax.lax.dynamic_index_in_dim(pairs, k, axis=1, keepdims=False)
+        pairs = array[: len(array) // 2 * 2].reshape(-1, 2, *array.shape[1:])
+        return jax.lax.dynamic_index_in_dim(pairs, k, axis=1, keepdims=False)
 
-        return jax.tree.map(choose, batch)
+    return jax.tree.map(choose, batch)
 
-    features, targets, weights = part(turn)
-    unseen_features, unseen_targets, unseen_weights = part(1 - turn)
+
+def _validate(
+    batch: Any, unseen: Any, anchor: LinearHead, lam: jax.Array, options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The error on unseen samples of the head of the batch, and its derivative by log lam."""
+    features, targets, weights = batch
+    unseen_features, unseen_targets, unseen_weights = unseen
 
     def solve(targets: jax.Array, near: LinearHead) -> LinearHead:
         return penalized_solve(features, targets, near, lam, sample_weight=weights, **options)[0]
