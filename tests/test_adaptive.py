@@ -75,7 +75,7 @@ def test_lam_descends_on_the_error_of_the_other_half(x64, n, points, d):
         anchor = np.vstack(state.anchor)
         validate = partial(validated, x, y, w, anchor, turn=count % 2)
         if ratio is None:
-            candidates = CEILING * 4.0 ** -np.arange(12)
+            candidates = CEILING * 4.0 ** -np.arange(5)
             errors = [validate(lam=candidate * norm)[0] for candidate in candidates]
             ratio = candidates[np.argmax(errors <= 1.05 * min(errors))]
         _, slope = validate(lam=ratio * norm)

@@ -17,9 +17,9 @@ from cfll.solve import CG, penalized_solve
 # Of the descent on log lam: its rate, and the decay of the running means of slope and square.
 _RATE, _MEAN_DECAY, _SQUARE_DECAY, _SMALL = 0.3, 0.8, 0.95, 3e-3
 # What the first batch chooses from, in units of the ceiling, largest first: the first one whose
-# error is close to the least. Where no head is of use yet it should stay small: the backbone then
-# learns more.
-_CANDIDATES, _TOLERANCE = 4.0 ** -np.arange(12), 1.05
+# error is close to the least. Where no head is of use yet it should stay small, and the backbone
+# learns more. No smaller ones: a head that fits one batch of a random backbone may spoil the run.
+_CANDIDATES, _TOLERANCE = 4.0 ** -np.arange(5), 1.05
 
 
 class AdaptiveState(NamedTuple):
@@ -59,9 +59,12 @@ def adaptive_prox(
     samples of the *first* axis (functions, not their grid points), and take turns. What is tuned is
     :math:`\lambda` over the mean of :math:`\|\phi\|^2`, so that features may grow.
 
-    The first batch sets it to the largest of a dozen whose error is within 5 % of the least: there
-    is no start to choose. Data that were seen before ask for a head that never moves again:
-    therefore lam has a ceiling.
+    The first batch sets it to the largest of five, from the ceiling down to 1 / 256 of it, whose
+    error is within 5 % of the least: there is no start to choose. Data that were seen before ask
+    for a head that never moves again: therefore lam has a ceiling.
+
+    Use `cfll.prox` with a lam of your own where batches are so large that a run has but some dozens
+    of steps, which are too few to tune in.
 
     Args:
       ceiling: largest lam, in units of the mean of :math:`\|\phi\|^2` over the samples. There the
