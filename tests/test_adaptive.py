@@ -69,24 +69,26 @@ def test_lam_descends_on_the_error_of_the_other_half(x64, n, points, d):
     weights = RNG.integers(1, 3, size=xs.shape[:-1]) * 1.0
     state = state_of(d, 2, dtype=jnp.float64)
     jitted = jax.jit(partial(step, AUTO))
-    mean, square, ratio, lams = 0.0, 3e-3, None, []
+    mean, square, lam, lams = 0.0, 0.0, None, []
     for count, (x, y, w) in enumerate(zip(xs, ys, weights, strict=True)):
         norm = np.sum(w * np.sum(x**2, axis=-1)) / np.sum(w)
         anchor = np.vstack(state.anchor)
         validate = partial(validated, x, y, w, anchor, turn=count % 2)
-        if ratio is None:
-            candidates = CEILING * 4.0 ** -np.arange(5)
-            errors = [validate(lam=candidate * norm)[0] for candidate in candidates]
-            ratio = candidates[np.argmax(errors <= 1.05 * min(errors))]
-        _, slope = validate(lam=ratio * norm)
+        largest = CEILING * norm
+        if lam is None:
+            candidates = largest * 4.0 ** -np.arange(5)
+            errors = [validate(lam=candidate)[0] for candidate in candidates]
+            lam = candidates[np.argmax(errors <= 1.05 * min(errors))]
+        lam = min(lam, largest)
+        _, slope = validate(lam=lam)
         mean, square = 0.8 * mean + 0.2 * slope, 0.95 * square + 0.05 * slope**2
-        ratio = min(ratio * np.exp(-0.3 * mean / (np.sqrt(square) + 3e-3)), CEILING)
+        lam = min(lam * np.exp(-0.3 * mean / (np.sqrt(square) + 3e-3)), largest)
         old, state = state.anchor, jitted(state, x, y, w)
         np.testing.assert_allclose(state.rule_state.slope, slope, rtol=1e-8)
-        np.testing.assert_allclose(state.lam, ratio * norm, rtol=1e-8)
-        expected = cfll.prox_solve(x, y, old, ratio * norm, sample_weight=jnp.asarray(w))
+        np.testing.assert_allclose(state.lam, lam, rtol=1e-8)
+        expected = cfll.prox_solve(x, y, old, lam, sample_weight=jnp.asarray(w))
         chex.assert_trees_all_close(state.anchor, expected, rtol=1e-8, atol=1e-12)
-        lams.append(ratio)
+        lams.append(lam)
     assert len(set(lams)) > 2
 
 
@@ -128,9 +130,11 @@ def test_every_start_reaches_the_best_lam():
         return jax.lax.scan(body, state, (xs, ys, heads))[1]
 
     lams = []
-    for lam0 in (1e-3, 1e5, 0.0):  # the last: found on the first batch
-        ratio = jnp.float32(lam0 / 8)
-        lam, error = run(start._replace(rule_state=start.rule_state._replace(ratio=ratio)))
+    for lam0 in (1e-3, 1e5, None):  # the last: found on the first batch
+        begin = start.rule_state
+        if lam0 is not None:
+            begin = begin._replace(lam=jnp.float32(lam0), mean_square=jnp.float32(1e-4))
+        lam, error = run(start._replace(rule_state=begin))
         assert np.mean(error[half:]) < 1.1 * errors[best]
         assert abs(np.log(np.median(lam[half:]) / best)) < np.log(3)
         lams.append(lam[half:])
@@ -150,7 +154,7 @@ def test_scan_and_a_checkpoint_go_on_as_a_loop():
     for batch in zip(xs[3:], ys[3:], strict=True):
         state = jitted(state, *batch)
     chex.assert_trees_all_close(state, expected, rtol=1e-5)
-    assert float(state.rule_state.ratio) < CEILING
+    assert 0 < float(state.lam) < CEILING
 
 
 # Trouble -----------------------------------------------------------------------------------------
@@ -161,10 +165,10 @@ def test_halves_without_samples_leave_lam_as_it_is(absent):
     (x,), (y,) = batches_of(1, 8, 3, 2)
     there = np.arange(8)[:, None] * np.ones((1, 2)) % 2 == {"even": 1, "odd": 0, "all": 2}[absent]
     x, y = np.where(there[:, :1], x, np.nan), np.where(there, y, np.nan)
-    ratio, mean = jnp.float32(0.5), jnp.float32(0.1)
+    mean = jnp.float32(0.1)
     for weights in (there[:, 0] * 1.0, there * 1.0):  # per sample, per output
         state, jitted = state_of(3, 2), jax.jit(partial(step, RULE))
-        later = state.rule_state._replace(lam=mean, ratio=ratio, mean_slope=mean)
+        later = state.rule_state._replace(lam=mean, mean_slope=mean, mean_square=mean)
         for old in (state, state._replace(rule_state=later)):
             new = jitted(old, x, y, np.asarray(weights, np.float32))
             assert bool(new.info.accepted)
@@ -183,7 +187,7 @@ def test_what_is_not_finite_does_not_reach_lam():
     for bad in (np.nan, np.inf, 1e30):  # the last overflows in the error alone
         new = jitted(state, x, y * np.float32(bad))
         chex.assert_tree_all_finite((new.anchor, new.rule_state))
-        np.testing.assert_array_equal(new.rule_state.ratio, state.rule_state.ratio)
+        np.testing.assert_array_equal(new.lam, state.lam)
     assert np.isfinite(jitted(state, 0 * x, y).lam)
 
 
@@ -287,9 +291,10 @@ def test_an_axis_shares_slope_and_norm(x64):
     solutions = jax.vmap(lambda x, y: rule.loss(x, y, state)[1], axis_name="i")(*parts)
     lam = solutions.rule_state.lam
     np.testing.assert_array_equal(lam, lam[0])
-    np.testing.assert_allclose(
-        solutions.rule_state.lam / solutions.rule_state.ratio, np.sum(x**2) / len(x), rtol=1e-10
-    )
+    slope = solutions.rule_state.slope[0]
+    factor = np.exp(-0.06 * slope / (np.sqrt(0.05) * abs(slope) + 3e-3))
+    power = np.log(lam[0] / factor / (CEILING * np.sum(x**2) / len(x))) / np.log(4)
+    np.testing.assert_allclose(power, np.round(power), atol=1e-9)  # a candidate of the first batch
     expected = cfll.prox_solve(x, y, state.anchor, lam[0])
     for k in range(3):
         one = jax.tree.map(lambda leaf: leaf[k], solutions.head)  # noqa: B023

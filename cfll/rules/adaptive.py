@@ -26,16 +26,14 @@ class AdaptiveState(NamedTuple):
     r"""The state of `cfll.adaptive_prox`.
 
     Attributes:
-      lam: the penalty of the last update.
-      ratio: lam over the mean of :math:`\|\phi\|^2`; 0 until a batch has set it.
+      lam: the penalty of the last update; 0 before the first.
       slope: d log(error) / d log(lam) of the last update, on samples held out; 0 where there was
         nothing to learn from. Below zero the head should have stayed nearer.
       mean_slope: running mean of the slopes.
-      mean_square: running mean of their squares.
+      mean_square: running mean of their squares; 0 until a batch has set lam.
     """
 
     lam: jax.Array
-    ratio: jax.Array
     slope: jax.Array
     mean_slope: jax.Array
     mean_square: jax.Array
@@ -56,8 +54,7 @@ def adaptive_prox(
 
     One half of the batch is solved for by itself; m and v are the running means of slope and
     squared slope, by log lam, of the log error on the other half. The halves are the even and odd
-    samples of the *first* axis (functions, not their grid points), and take turns. What is tuned is
-    :math:`\lambda` over the mean of :math:`\|\phi\|^2`, so that features may grow.
+    samples of the *first* axis (functions, not their grid points), and take turns.
 
     The first batch sets it to the largest of five, from the ceiling down to 1 / 256 of it, whose
     error is within 5 % of the least: there is no start to choose. Data that were seen before ask
@@ -93,10 +90,7 @@ def adaptive_prox(
     base = prox(1.0, axis_name=axis_name, **options)  # for what is wrong with the options
 
     def init(anchor):
-        def full(value: Any) -> jax.Array:
-            return jnp.full((), value, anchor.kernel.dtype)
-
-        return AdaptiveState(full(0), full(0), full(0), full(0), full(_SMALL))
+        return AdaptiveState(*(jnp.zeros((), anchor.kernel.dtype) for _ in range(4)))
 
     def solve(features, targets, state, *, sample_weight=None):
         features, targets = samples.check_batch(features, targets, sample_weight, per_output=True)
@@ -128,32 +122,32 @@ def adaptive_prox(
         squares, count = shared(_squared_norms(batch))
         seen = (squares > 0) & jnp.isfinite(squares)
         norm = jnp.where(seen, squares / jnp.where(count > 0, count, 1), 1)
+        largest = jnp.asarray(ceiling, dtype) * norm
         halves = _half(batch, state.count % 2), _half(batch, 1 - state.count % 2)
 
-        def validate(ratio: jax.Array) -> Any:
-            return shared(_validate(*halves, anchor, ratio * norm, options))
+        def validate(lam: jax.Array) -> Any:
+            return shared(_validate(*halves, anchor, lam, options))
 
         def search() -> jax.Array:
-            errors = jax.lax.map(lambda ratio: validate(ratio)[0], candidates)
+            candidates = largest * jnp.asarray(_CANDIDATES, dtype)
+            errors = jax.lax.map(lambda lam: validate(lam)[0], candidates)
             errors = jnp.where(jnp.isfinite(errors), errors, jnp.inf)
             return candidates[jnp.argmax(errors <= _TOLERANCE * jnp.min(errors))]
 
-        candidates = jnp.asarray(ceiling, dtype) * jnp.asarray(_CANDIDATES, dtype)
-        kept_ratio = samples.varying_like(old.ratio, squares)
-        first = old.ratio == 0
+        first, lam = old.mean_square == 0, jnp.minimum(old.lam, largest)
         if samples.concrete(first) is not None:  # outside of jit a cond compiles at every call
-            start = search() if first else kept_ratio
+            lam = search() if first else lam
         else:
-            start = jax.lax.cond(first, search, lambda: kept_ratio)
-        error, change = validate(start)
+            lam = jax.lax.cond(first, search, lambda: lam)
+        error, change = validate(lam)
         slope = change / jnp.where(error > 0, error, 1)
         usable = seen & jnp.isfinite(slope) & (slope != 0) & (error > 0)
         mean = _MEAN_DECAY * old.mean_slope + (1 - _MEAN_DECAY) * slope
         square = _SQUARE_DECAY * old.mean_square + (1 - _SQUARE_DECAY) * jnp.square(slope)
-        ratio = start * jnp.exp(-_RATE * mean / (jnp.sqrt(square) + _SMALL))
-        ratio = jnp.clip(ratio, jnp.finfo(dtype).eps, jnp.asarray(ceiling, dtype))
-        new = AdaptiveState(ratio * norm, ratio, slope, mean, square)
-        lam = jnp.where(seen | (old.lam == 0), start * norm, old.lam)
+        factor = jnp.exp(-_RATE * mean / (jnp.sqrt(square) + _SMALL))
+        new_lam = jnp.clip(lam * factor, jnp.finfo(dtype).eps * norm, largest)
+        new = AdaptiveState(new_lam, slope, mean, square)
+        lam = jnp.where(seen | (old.lam == 0), lam, old.lam)
         kept = old._replace(lam=lam, slope=jnp.zeros_like(slope))
         return jax.tree.map(lambda new, kept: jnp.where(usable, new, kept), new, kept)
 
