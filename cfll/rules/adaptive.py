@@ -60,8 +60,9 @@ def adaptive_prox(
     error is within 5 % of the least: there is no start to choose. Data that were seen before ask
     for a head that never moves again: therefore lam has a ceiling.
 
-    Use `cfll.prox` with a lam of your own where batches are so large that a run has but some dozens
-    of steps, which are too few to tune in.
+    Keep to `cfll.prox` where a classifier of many classes sees few samples many times: there the
+    best head is slower than any batch can tell, and a large fixed lam may be some points of
+    accuracy ahead. So it may be where a run has but some dozens of steps, too few to tune in.
 
     Args:
       ceiling: largest lam, in units of the mean of :math:`\|\phi\|^2` over the samples. There the
