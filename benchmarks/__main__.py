@@ -22,6 +22,7 @@ def main() -> None:
     from benchmarks.experiments.numerics import numerics
     from benchmarks.experiments.quickstart import quickstart
     from benchmarks.experiments.results import results
+    from benchmarks.experiments.rules import rules
     from benchmarks.experiments.speed import speed
     from benchmarks.experiments.theory import theory
     from benchmarks.experiments.uncertainty import uncertainty
@@ -37,6 +38,7 @@ def main() -> None:
         "algorithms": classification.algorithms,
         "ablations": classification.ablations,
         "imagenet": imagenet,
+        "rules": rules,
         "theory": theory,
         "speed": speed,
         "numerics": numerics,

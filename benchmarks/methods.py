@@ -20,6 +20,7 @@ HEAD = "head"
 
 GRADIENT, TWO_TIMESCALE = "gradient", "two-timescale"
 RIDGE, AVERAGE, PROXIMAL = "ridge", "average of ridge", "proximal"
+ADAPTIVE = "self-tuned"
 ALGORITHM_1, ALGORITHM_2, EQUATION_17 = "Alg. 1", "Alg. 2", "Eq. (17)"
 
 AVERAGE_DECAY = 0.5  # of Barboni et al.
@@ -29,6 +30,7 @@ RULES: Mapping[str, Callable[..., cfll.Rule]] = {
     RIDGE: cfll.ridge,
     AVERAGE: partial(cfll.averaged_ridge, decay=AVERAGE_DECAY),
     PROXIMAL: cfll.prox,
+    ADAPTIVE: lambda strength: cfll.adaptive_prox(),
 }
 
 
@@ -37,8 +39,10 @@ class Method(NamedTuple):
 
     Attributes:
       optimizer: of the backbone, and of a gradient head: a key of `OPTIMIZERS`.
-      head: how the head is found: GRADIENT, TWO_TIMESCALE, RIDGE, AVERAGE or PROXIMAL.
-      order: of backbone and head within a step, for RIDGE and PROXIMAL; AVERAGE has but Eq. (17).
+      head: how the head is found: GRADIENT, TWO_TIMESCALE, RIDGE, AVERAGE, PROXIMAL or
+        ADAPTIVE.
+      order: of backbone and head within a step, for RIDGE, PROXIMAL and ADAPTIVE; AVERAGE has but
+        Eq. (17).
       loss: "l2", or "cross entropy" with a gradient head.
       use_bias: whether the head has an intercept.
       init: of the head's kernel: "zeros", "lecun", "xavier" or "he". `None`: zeros for closed-form

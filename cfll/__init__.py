@@ -9,11 +9,13 @@ from cfll.heads import LinearHead, get_head, set_head
 from cfll.losses import prox_loss, ridge_loss
 from cfll.posterior import EvidenceInfo, Posterior, bayesian_ridge
 from cfll.rules import (
+    AdaptiveState,
     ClosedFormState,
     HeadInfo,
     KalmanState,
     Rule,
     Solution,
+    adaptive_prox,
     averaged_ridge,
     every,
     huber,
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "AdaptiveState",
     "ClosedFormState",
     "EvidenceInfo",
     "GramStats",
@@ -43,6 +46,7 @@ __all__ = [
     "Rule",
     "Solution",
     "SolveInfo",
+    "adaptive_prox",
     "averaged_ridge",
     "bayesian_ridge",
     "closed_form",

