@@ -138,9 +138,9 @@ figure.tight_layout()
 # ## Letting it choose
 #
 # `cfll.adaptive_prox()` takes no argument. At each step it solves one half of the batch's first axis and
-# asks, on the other half, in which direction `lam` should go. `cfll.get_state(state).lam` shows where it is:
-# it starts at its ceiling, falls while the features move fast, and rises as the rate decays or where targets
-# are noisy.
+# asks, on the other half, in which direction `lam` should go. `cfll.get_state(state).lam` shows where it
+# is: the first batch says where it starts; small while the features move fast, it rises as the rate
+# decays, and where targets are noisy.
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3.5))
@@ -151,7 +151,7 @@ axes.legend(frameon=False)
 figure.tight_layout()
 
 # %% [markdown]
-# Choose yourself where data are seen many times, as in most classification: held-out halves of a batch
-# are not held out there, and only the ceiling keeps `lam` from rising for ever. And where the first axis of
-# a batch is not independent samples: put functions, patients or sequences there, not their points.
-# A schedule is a fixed choice, too: `cfll.prox(optax.exponential_decay(...))`.
+# Choose yourself where few data are seen many times, as in most classification: held-out halves of a
+# batch are not held out there. And where the first axis of a batch is not independent samples: put
+# functions, patients or sequences there, not their points. A schedule is a fixed choice, too:
+# `cfll.prox(optax.exponential_decay(...))`.
