@@ -44,6 +44,8 @@ FAST = {"solver": "primal"}  # to compile; "auto" is called by itself
 RULE = cfll.prox(1.0, **FAST)
 PARAMS = {"w": jnp.eye(4), "head": {"kernel": jnp.zeros((4, 2)), "bias": jnp.zeros(2)}}
 TX = cfll.closed_form(optax.sgd(0.1), RULE)
+ADAPTIVE = cfll.adaptive_prox(solver="primal")
+ADAPTIVE_STATE = cfll.closed_form_head(ADAPTIVE).init(PARAMS)
 KALMAN = cfll.kalman(1.0, process_noise=0.1, forgetting=0.9)
 KALMAN_STATE = cfll.closed_form_head(KALMAN).init(PARAMS)
 STATE, HEAD_STATE = TX.init(PARAMS), cfll.closed_form_head(RULE).init(PARAMS)
@@ -105,6 +107,7 @@ CALLS = {
     "logistic": loss_of(cfll.logistic(1.0, **FAST), np.float32(Y > 0)),
     "poisson": loss_of(cfll.poisson(1.0, **FAST), np.abs(Y)),
     "huber": loss_of(cfll.huber(1.0, **FAST)),
+    "adaptive_prox": lambda s: ADAPTIVE.loss(s * F, Y, ADAPTIVE_STATE),
     "kalman": lambda s: KALMAN.loss(s * F, Y, KALMAN_STATE, sample_weight=s * W),
     "every": loss_of(cfll.every(2, RULE)),
     "schedule": loss_of(cfll.prox(optax.constant_schedule(1.0), **FAST)),
@@ -125,7 +128,15 @@ CALLS = {
 
 def test_every_public_function_is_called():
     text = inspect.getsource(inspect.getmodule(test_every_public_function_is_called))
-    types = {"CG", "ClosedFormState", "EvidenceInfo", "HeadInfo", "KalmanState", "Posterior"}
+    types = {
+        "AdaptiveState",
+        "CG",
+        "ClosedFormState",
+        "EvidenceInfo",
+        "HeadInfo",
+        "KalmanState",
+        "Posterior",
+    }
     types |= {"Route", "Rule", "Solution", "SolveInfo"}
     assert [name for name in {*cfll.__all__} - types if f"cfll.{name}" not in text] == []
 

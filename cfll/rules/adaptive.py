@@ -1,5 +1,6 @@
 """adaptive_prox: stay near the previous head, as near as the batch itself says."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -97,58 +98,61 @@ def adaptive_prox(
                 "the first axis about the other. Write batches of two and more there, or cfll.prox."
             )
 
-        def run(features: jax.Array, targets: jax.Array, weights: Any, state: Any) -> Any:
-            batch = features, targets, weights
-            return tune(jax.lax.stop_gradient(batch), jax.lax.stop_gradient(state))
-
-        specs = jax.tree.map(lambda _: jax.P(), state.rule_state)
-        run = samples.let_xla_shard(run, features, specs)
-        rule_state = run(features, targets, sample_weight, state)
+        batch = features, targets, sample_weight
+        keywords = tuple(options.items()), axis_name
+        rule_state = _tune(keywords, *jax.lax.stop_gradient((batch, state[:3])))
         rule = prox(rule_state.lam, axis_name=axis_name, **options)
         solution = rule.solve(features, targets, state, sample_weight=sample_weight)
         return solution._replace(rule_state=rule_state)
 
-    def tune(batch, state):
-        old, anchor = state.rule_state, state.anchor
-        dtype = anchor.kernel.dtype
-
-        def shared(measured: Any) -> Any:
-            measured = jax.tree.map(lambda x: jnp.asarray(x, dtype), measured)
-            return measured if axis_name is None else jax.lax.pmean(measured, axis_name)
-
-        squares, count = shared(_squared_norms(batch))
-        seen = (squares > 0) & jnp.isfinite(squares)
-        norm = jnp.where(seen, squares / jnp.where(count > 0, count, 1), 1)
-        halves = _half(batch, state.count % 2), _half(batch, 1 - state.count % 2)
-
-        def validate(lam: jax.Array) -> Any:
-            return shared(_validate(*halves, anchor, lam, options))
-
-        def search() -> jax.Array:
-            candidates = norm * jnp.asarray(_CANDIDATES, dtype)
-            errors = jax.lax.map(lambda lam: validate(lam)[0], candidates)
-            errors = jnp.where(jnp.isfinite(errors), errors, jnp.inf)
-            return candidates[jnp.argmax(errors <= _TOLERANCE * jnp.min(errors))]
-
-        first = old.mean_square == 0
-        if samples.concrete(first) is not None:  # outside of jit a cond compiles at every call
-            lam = search() if first else old.lam
-        else:
-            lam = jax.lax.cond(first, search, lambda: old.lam)
-        error, change = validate(lam)
-        slope = change / jnp.where(error > 0, error, 1)
-        usable = seen & jnp.isfinite(slope) & (slope != 0) & (error > 0)
-        pulled = slope + jnp.where(lam > norm, jnp.asarray(_PULL, dtype), 0)
-        mean = _MEAN_DECAY * old.mean_slope + (1 - _MEAN_DECAY) * pulled
-        square = _SQUARE_DECAY * old.mean_square + (1 - _SQUARE_DECAY) * jnp.square(pulled)
-        factor = jnp.exp(-_RATE * mean / (jnp.sqrt(square) + _SMALL))
-        eps = jnp.finfo(dtype).eps
-        new = AdaptiveState(jnp.clip(lam * factor, eps * norm, norm / eps), slope, mean, square)
-        lam = jnp.where(seen | (old.lam == 0), lam, old.lam)
-        kept = old._replace(lam=lam, slope=jnp.zeros_like(slope))
-        return jax.tree.map(lambda new, kept: jnp.where(usable, new, kept), new, kept)
-
     return Rule(init, solve, base.objective)
+
+
+# Compiled itself, as the kernels are: outside of jit a cond compiles at every call.
+@partial(jax.jit, static_argnums=0, inline=True)
+def _tune(keywords: Any, batch: Any, head: Any) -> AdaptiveState:
+    """The next state of the rule, from count, anchor and rule state of the head."""
+    specs = jax.tree.map(lambda _: jax.P(), head[2])
+    return samples.let_xla_shard(partial(_descend, *keywords), batch[0], specs)(batch, head)
+
+
+def _descend(options: Any, axis_name: Any, batch: Any, head: Any) -> AdaptiveState:
+    """A step on log lam."""
+    count_of_updates, anchor, old = head
+    dtype = anchor.kernel.dtype
+
+    def shared(measured: Any) -> Any:
+        measured = jax.tree.map(lambda x: jnp.asarray(x, dtype), measured)
+        return measured if axis_name is None else jax.lax.pmean(measured, axis_name)
+
+    squares, count = shared(_squared_norms(batch))
+    seen = (squares > 0) & jnp.isfinite(squares)
+    norm = jnp.where(seen, squares / jnp.where(count > 0, count, 1), 1)
+    halves = _half(batch, count_of_updates % 2), _half(batch, 1 - count_of_updates % 2)
+
+    def validate(lam: jax.Array) -> Any:
+        return shared(_validate(*halves, anchor, lam, options))
+
+    def search() -> jax.Array:
+        candidates = norm * jnp.asarray(_CANDIDATES, dtype)
+        errors = jax.lax.map(lambda lam: validate(lam)[0], candidates)
+        errors = jnp.where(jnp.isfinite(errors), errors, jnp.inf)
+        return candidates[jnp.argmax(errors <= _TOLERANCE * jnp.min(errors))]
+
+    first = old.mean_square == 0
+    lam = jax.lax.cond(first, search, lambda: old.lam)
+    error, change = validate(lam)
+    slope = change / jnp.where(error > 0, error, 1)
+    usable = seen & jnp.isfinite(slope) & (slope != 0) & (error > 0)
+    pulled = slope + jnp.where(lam > norm, jnp.asarray(_PULL, dtype), 0)
+    mean = _MEAN_DECAY * old.mean_slope + (1 - _MEAN_DECAY) * pulled
+    square = _SQUARE_DECAY * old.mean_square + (1 - _SQUARE_DECAY) * jnp.square(pulled)
+    factor = jnp.exp(-_RATE * mean / (jnp.sqrt(square) + _SMALL))
+    eps = jnp.finfo(dtype).eps
+    new = AdaptiveState(jnp.clip(lam * factor, eps * norm, norm / eps), slope, mean, square)
+    lam = jnp.where(seen | (old.lam == 0), lam, old.lam)
+    kept = old._replace(lam=lam, slope=jnp.zeros_like(slope))
+    return jax.tree.map(lambda new, kept: jnp.where(usable, new, kept), new, kept)
 
 
 def _half(batch: Any, k: jax.Array) -> Any:
@@ -170,7 +174,9 @@ def _validate(
     unseen_features, unseen_targets, unseen_weights = unseen
 
     def solve(targets: jax.Array, near: LinearHead) -> LinearHead:
-        return penalized_solve(features, targets, near, lam, sample_weight=weights, **options)[0]
+        return penalized_solve(
+            features, targets, near, lam, sample_weight=weights, **dict(options)
+        )[0]
 
     def error(head: LinearHead) -> jax.Array:
         return penalized_loss(head, unseen_features, unseen_targets, sample_weight=unseen_weights)
