@@ -34,7 +34,7 @@ class AdaptiveState(NamedTuple):
       lam: the penalty of the last update; 0 before the first.
       slope: d log(error) / d log(lam) of the last update, on samples held out; 0 where there was
         nothing to learn from. Below zero the head should have stayed nearer.
-      mean_slope: running mean of slope + 0.01.
+      mean_slope: running mean of the slope and what pulls lam down, 0.01 where it does.
       mean_square: running mean of its square; 0 until a batch has set lam.
     """
 
