@@ -20,7 +20,7 @@ HEAD = "head"
 
 GRADIENT, TWO_TIMESCALE = "gradient", "two-timescale"
 RIDGE, AVERAGE, PROXIMAL = "ridge", "average of ridge", "proximal"
-ADAPTIVE = "self-tuned"
+ADAPTIVE, SOFTMAX = "self-tuned", "softmax"
 ALGORITHM_1, ALGORITHM_2, EQUATION_17 = "Alg. 1", "Alg. 2", "Eq. (17)"
 
 AVERAGE_DECAY = 0.5  # of Barboni et al.
@@ -31,6 +31,15 @@ RULES: Mapping[str, Callable[..., cfll.Rule]] = {
     AVERAGE: partial(cfll.averaged_ridge, decay=AVERAGE_DECAY),
     PROXIMAL: cfll.prox,
     ADAPTIVE: lambda strength: cfll.adaptive_prox(),
+    SOFTMAX: cfll.softmax,
+}
+
+STRENGTH_NAMES: Mapping[str, str] = {
+    PROXIMAL: "lam",
+    SOFTMAX: "lam",
+    RIDGE: "beta",
+    AVERAGE: "beta",
+    TWO_TIMESCALE: "ratio",
 }
 
 
@@ -39,10 +48,9 @@ class Method(NamedTuple):
 
     Attributes:
       optimizer: of the backbone, and of a gradient head: a key of `OPTIMIZERS`.
-      head: how the head is found: GRADIENT, TWO_TIMESCALE, RIDGE, AVERAGE, PROXIMAL or
-        ADAPTIVE.
-      order: of backbone and head within a step, for RIDGE, PROXIMAL and ADAPTIVE; AVERAGE has but
-        Eq. (17).
+      head: how the head is found: GRADIENT, TWO_TIMESCALE, RIDGE, AVERAGE, PROXIMAL, ADAPTIVE or
+        SOFTMAX.
+      order: of backbone and head within a step, for those in closed form; AVERAGE has but Eq. (17).
       loss: "l2", or "cross entropy" with a gradient head.
       use_bias: whether the head has an intercept.
       init: of the head's kernel: "zeros", "lecun", "xavier" or "he". `None`: zeros for closed-form
@@ -68,9 +76,7 @@ class Method(NamedTuple):
     @property
     def strength(self) -> str | None:
         """What the second hyperparameter is called, if there is one."""
-        return {PROXIMAL: "lam", RIDGE: "beta", AVERAGE: "beta", TWO_TIMESCALE: "ratio"}.get(
-            self.head
-        )
+        return STRENGTH_NAMES.get(self.head)
 
 
 class Hyper(NamedTuple):

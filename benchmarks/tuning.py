@@ -3,10 +3,71 @@
 Bottom of the benchmarks: knows numbers only.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
 Point = tuple[int, ...]
+
+
+def search(
+    cost: Callable[[Point], float],
+    start: Point,
+    sizes: Sequence[int],
+    at_most: int = 20,
+    stride: int = 2,
+) -> dict[Point, float]:
+    """Joint search on a grid of indices: a coarse grid, then downhill in every direction.
+
+    Two hyperparameters trade off along a ridge (a rate and a penalty do), which steps along one
+    axis after the other cannot follow. So the moves from the best point are all neighbours, both
+    diagonals among them, and then those of a knight in chess; which comes first is guessed from the
+    points that were tried.
+
+    Args:
+      cost: what to minimize; infinite where a run diverged. Called once per point.
+      start: the middle of the coarse grid, of three points along each axis. If all of them are
+        infinite, the search walks down the first axis (smaller rates) from there.
+      sizes: number of grid points along each axis.
+      at_most: number of points, after which the search ends wherever it is.
+      stride: of the coarse grid.
+
+    Returns:
+      Cost of every point that was tried.
+    """
+    tried: dict[Point, float] = {}
+
+    def inside(point: Point) -> bool:
+        return all(0 <= index < size for index, size in zip(point, sizes, strict=True))
+
+    for point in filter(inside, itertools.product(*((i, i - stride, i + stride) for i in start))):
+        if len(tried) < at_most:
+            tried[point] = cost(point)
+    below = start
+    while all(map(math.isinf, tried.values())) and below[0] > 0 and len(tried) < at_most:
+        below = (below[0] - 1, *below[1:])
+        if below not in tried:
+            tried[below] = cost(below)
+
+    moves = [move for move in itertools.product(range(-2, 3), repeat=len(start)) if any(move)]
+    moves = [move for move in moves if math.gcd(*move) == 1]
+    while len(tried) < at_most:
+        best = best_of(tried)
+        around = [tuple(i + step for i, step in zip(best, move, strict=True)) for move in moves]
+        untried = [point for point in around if inside(point) and point not in tried]
+        neighbours = [point for point in untried if math.dist(point, best) < 2]
+        if not untried:
+            break
+        point = min(neighbours or untried, key=lambda point: expected_rank(point, tried))
+        tried[point] = cost(point)
+    return tried
+
+
+def expected_rank(point: Point, tried: dict[Point, float]) -> float:
+    """Where a point may rank among those tried: the mean of their ranks, the near ones weighed."""
+    ranks = {other: rank for rank, other in enumerate(sorted(tried, key=lambda p: tried[p]))}
+    weights = {other: math.dist(other, point) ** -3 for other in tried}
+    return sum(weights[other] * ranks[other] for other in tried) / sum(weights.values())
 
 
 def descend(

@@ -1,5 +1,7 @@
 """One step of every method against what its definition says, on a network without hidden tricks."""
 
+import itertools
+import math
 from functools import partial
 
 import jax
@@ -25,7 +27,7 @@ from benchmarks.methods import (
     Hyper,
     Method,
 )
-from benchmarks.tuning import best_of, descend
+from benchmarks.tuning import best_of, descend, search
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -183,3 +185,36 @@ def test_the_interval_is_student_s(runs):
     half = half_interval(values)
     np.testing.assert_allclose(values.mean(axis=0) + half, expected[1])
     assert np.isnan(half_interval(values[:1])).all()
+
+
+@pytest.mark.parametrize("slope", [1, 2, 0.5, -1])
+@pytest.mark.parametrize("start", [(7, 5), (5, 7), (9, 3)])
+def test_the_joint_search_follows_a_ridge_where_steps_along_axes_stop(slope, start):
+    sizes = (14, 11)
+
+    def cost(point):
+        across = (point[0] - 7) - slope * (point[1] - 5)
+        return across**2 + 0.03 * (point[1] - 3) ** 2
+
+    tried = search(cost, start, sizes)
+    least = min(cost((i, j)) for i in range(sizes[0]) for j in range(sizes[1]))
+    assert len(tried) <= 20
+    assert tried[best_of(tried)] <= least + 0.03
+
+
+def test_steps_along_axes_stop_on_a_ridge():
+    def cost(point):
+        return (point[0] - point[1]) ** 2 + 0.03 * (point[1] - 3) ** 2
+
+    assert best_of(descend(cost, (9, 9), (14, 11))) == (9, 9)
+    assert best_of(search(cost, (9, 9), (14, 11))) == (3, 3)
+
+
+def test_the_joint_search_walks_out_of_divergence_and_stays_inside():
+    def cost(point):
+        assert point in itertools.product(range(10), range(4))
+        return math.inf if point[0] > 2 else abs(point[0] - 1) + abs(point[1] - 3)
+
+    assert best_of(search(cost, (9, 0), (10, 4))) == (1, 3)
+    assert len(search(cost, (1, 3), (10, 4), at_most=5)) == 5
+    assert set(search(lambda point: point[0], (1,), (3,))) == {(0,), (1,)}

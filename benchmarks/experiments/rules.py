@@ -1,160 +1,350 @@
-"""rules: a penalty that tunes itself against the best fixed one, of a joint grid of rate and lam.
+"""rules: which head to take, the best gradient head, a fixed penalty or one that tunes itself.
 
-Top of the benchmarks. The tasks are those of `burgers.py` and `classification.py`; the tuned method
-chooses its rate alone.
+Top of the benchmarks. Every row is tuned jointly with the same budget; see `joint.py`.
 """
 
 import itertools
-import math
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from rich.console import Console
 
-from benchmarks import findings, summary
-from benchmarks.comparison import RATES, Comparison, Config, Outcome, Problem
+from benchmarks import findings, joint, summary, training
+from benchmarks.comparison import Comparison, Config, MissingError, Outcome, Problem
 from benchmarks.experiments import burgers, classification
-from benchmarks.methods import ADAPTIVE, EQUATION_17, PROXIMAL, Method
+from benchmarks.methods import (
+    ADAPTIVE,
+    EQUATION_17,
+    PROXIMAL,
+    SOFTMAX,
+    TWO_TIMESCALE,
+    Method,
+)
 from benchmarks.progress import SweepProgress
 from benchmarks.records import Records
+from benchmarks.tasks import kdv, tables
+from benchmarks.timing import interleaved_seconds
 
-Preset = Literal["small", "cpu"]
-Task = Literal["burgers", "cifar10", "omniglot"]
-
-
-class Size(NamedTuple):
-    """What a preset means.
-
-    Attributes:
-      optimizers: of the backbone.
-      batch_sizes: of each task.
-      seeds: of initialization and shuffling; the search runs on the first.
-    """
-
-    optimizers: tuple[str, ...]
-    batch_sizes: dict[str, tuple[int, ...]]
-    seeds: tuple[int, ...]
-
-
-SIZES = {
-    "small": Size(
-        ("SGD", "Muon"), {"burgers": (16,), "cifar10": (128,), "omniglot": (128,)}, (0, 1)
-    ),
-    "cpu": Size(
-        ("SGD", "Adam", "Muon"),
-        {"burgers": (16, 64, 256), "cifar10": (128, 1024), "omniglot": (128, 1024)},
-        (0, 1, 2),
-    ),
+Task = Literal["burgers", "kdv", "rf1", "california", "cifar10", "omniglot"]
+OPTIMIZERS = ("SGD", "Adam", "Muon")
+SEEDS = (0, 1, 2, 3, 4)
+BATCH_SIZES: Mapping[Task, tuple[int, ...]] = {
+    "burgers": (16, 64, 256),
+    "kdv": (16, 64, 256),
+    "rf1": (128, 1024),
+    "california": (128, 1024),
+    "cifar10": (128, 1024),
+    "omniglot": (128, 1024),
 }
-LAMS = (1.0, 100.0, 1e4)  # of the joint grid; the search goes on in decades from its best
-REGRESSION, CLASSIFICATION = 1.1, 0.02  # how far the tuned may be from the best fixed
-RUNS_PER_ROW = 14  # about; what the progress bar expects
+GRADIENT_HEAD, FIXED, TUNED = "gradient, any ratio", "fixed lam", "self-tuned lam"
+CROSS_ENTROPY, SOFTMAX_HEAD = "cross entropy, any ratio", "softmax, fixed lam"
+CLASSIFIERS: tuple[Task, ...] = ("cifar10", "omniglot")
+REGRESSION, CLASSIFICATION = 1.1, 0.02  # how far self-tuned may be from the best fixed
+RUNS_PER_ROW = 26  # about; what the progress bar expects
+
+
+class Row(NamedTuple):
+    """A cell of the table: an optimizer and what sets its head, at one batch size."""
+
+    optimizer: str
+    head: str
+    batch_size: int
+
+
+Found = dict[Row, Outcome]
 
 
 def make_problem(task: Task, data: Path | None, out: Path) -> Problem:
-    """A task at the size of the preset "cpu" of its own experiment."""
+    """A task, at the size of the preset "cpu" where an experiment of its own has one."""
     if task == "burgers":
         return burgers.make_problem(burgers.SIZES["cpu"], out, None)
+    if task == "kdv":
+        return kdv.make_problem()
+    if task == "rf1" or task == "california":
+        return tables.make_problem(task, data)
     return classification.make_problem(task, classification.SIZES[task, "cpu"], data)
 
 
-def tune(
-    comparison: Comparison, method: Method, batch_size: int, seeds: tuple[int, ...]
-) -> Outcome:
-    """The best of a joint grid on the first seed, then downhill from there, then all seeds."""
-    problem = comparison.problem
-    rate, _ = problem.start(method._replace(head=PROXIMAL))
-    middle = min(range(len(RATES)), key=lambda i: abs(math.log(RATES[i] / rate)))
-    lams = LAMS if method.head == PROXIMAL else (None,)
-
-    def cost(point: tuple[float, float | None]) -> float:
-        last = comparison.run(Config(method, batch_size, *point, seeds[0]))["validation"][-1]
-        return math.inf if last is None else problem.sign * last
-
-    best = min(itertools.product(RATES[max(middle - 2, 0) : middle + 3 : 2], lams), key=cost)
-    comparison.problem = problem._replace(start=lambda method: best)
-    try:
-        return comparison.tune(method, batch_size, seeds)
-    finally:
-        comparison.problem = problem
+def heads_of(task: Task) -> tuple[str, ...]:
+    """The columns of a task."""
+    classes = (CROSS_ENTROPY, SOFTMAX_HEAD) if task in CLASSIFIERS else ()
+    return (GRADIENT_HEAD, FIXED, TUNED, *classes)
 
 
-def compare(comparison: Comparison, task: Task, preset: Preset) -> list[Outcome]:
-    """Both methods with each optimizer and batch size."""
-    optimizers, batch_sizes, seeds = SIZES[preset]
-    outcomes = []
-    for row in itertools.product(batch_sizes[task], optimizers, (PROXIMAL, ADAPTIVE)):
-        batch_size, optimizer, head = row
-        method = Method(optimizer, head, EQUATION_17)
-        outcomes.append(tune(comparison, method, batch_size, seeds))
-    return outcomes
+def tune(comparison: Comparison, row: Row, task: Task) -> Outcome:
+    """A row at its best hyperparameters."""
+    loss = "cross entropy" if row.head == CROSS_ENTROPY else "l2"
+    methods = {
+        FIXED: Method(row.optimizer, PROXIMAL, EQUATION_17),
+        TUNED: Method(row.optimizer, ADAPTIVE, EQUATION_17),
+        SOFTMAX_HEAD: Method(row.optimizer, SOFTMAX, EQUATION_17),
+    }
+    method = methods.get(row.head, Method(row.optimizer, TWO_TIMESCALE, loss=loss, init="zeros"))
+    rate, strength = comparison.problem.start(Method(row.optimizer, PROXIMAL))
+    if row.head in methods:
+        return joint.tune(comparison, method, row.batch_size, SEEDS, (rate, strength))
+    # Where a slow head was good in trials: in classification. Elsewhere the ordinary one.
+    start = rate, 0.01 if task in CLASSIFIERS else 1.0
+    zeros = joint.tune(comparison, method, row.batch_size, SEEDS, start)
+    # The other initialization only where zeros are good: it makes a difference of a few percent.
+    near = joint.best_candidates(zeros, comparison.problem.sign)
+    lecun = joint.tune(
+        comparison, method._replace(init=None), row.batch_size, SEEDS, start, candidates=near
+    )
+    sign = comparison.problem.sign
+    return min(zeros, lecun, key=lambda outcome: sign * outcome.validation[:, -1].mean())
+
+
+def compare(
+    comparison: Comparison,
+    task: Task,
+    batch_sizes: tuple[int, ...],
+    optimizers: tuple[str, ...] = OPTIMIZERS,
+) -> Found:
+    """All rows of a task; if nothing may be trained, those that were."""
+    found: Found = {}
+    for batch_size, optimizer, head in itertools.product(batch_sizes, optimizers, heads_of(task)):
+        row = Row(optimizer, head, batch_size)
+        try:
+            found[row] = tune(comparison, row, task)
+        except MissingError:
+            continue
+    return found
 
 
 def near_in_error(adaptive: Outcome, fixed: Outcome) -> bool:
-    """Whether the tuned is as good as the best fixed, or almost."""
+    """Whether the self-tuned is as good as the best fixed, or almost."""
     return bool(adaptive.final.mean() <= REGRESSION * fixed.final.mean())
 
 
 def near_in_accuracy(adaptive: Outcome, fixed: Outcome) -> bool:
-    """Whether the tuned is as good as the best fixed, or almost."""
+    """Whether the self-tuned is as good as the best fixed, or almost."""
     return bool(adaptive.final.mean() >= fixed.final.mean() - CLASSIFICATION)
 
 
-def summary_of(outcomes: list[Outcome], task: Task, preset: Preset) -> summary.Summary:
-    """Tables and claims of a task."""
-    optimizers, batch_sizes, _ = SIZES[preset]
-    digits = ".2e" if task == "burgers" else ".3f"
-    tolerance = "10 %" if task == "burgers" else "2 points"
-    return summary.Summary(
-        title=f"A penalty that tunes itself: {task}",
-        command=f"python -m benchmarks rules --task {task} --preset {preset}",
-        setup=f"`cfll.adaptive_prox()` at its best rate against the best rate and lam of "
-        f"`cfll.prox`: a joint grid of rates and lam {', '.join(f'{lam:g}' for lam in LAMS)}, then "
-        "downhill on half decades of rates and decades of lam. All else as in the experiment that "
-        "the task is from.",
-        tables=(
-            findings.number_table(outcomes, batch_sizes[task], "Test metric.", digits),
-            findings.tuned_table(outcomes, batch_sizes[task]),
+def seconds_of(
+    problem: Problem, records: Records, found: Found, *, train: bool = True
+) -> dict[Row, float]:
+    """Seconds of a step, measured in turn for the rows of one optimizer and batch size."""
+    seconds: dict[Row, float] = {}
+    for optimizer, batch_size in dict.fromkeys((row.optimizer, row.batch_size) for row in found):
+        rows = [row for row in found if (row.optimizer, row.batch_size) == (optimizer, batch_size)]
+        key = {"seconds per step": problem.settings, "rows": [list(row) for row in rows]}
+        record = records.get(key)
+        if record is None:
+            if not train:
+                continue
+            configs = [config_of(found[row]) for row in rows]
+            record = {"seconds": interleaved_seconds(problem, configs)}
+            records.add(key, record)
+        seconds |= dict(zip(rows, record["seconds"], strict=True))
+    return seconds
+
+
+def config_of(outcome: Outcome) -> Config:
+    """The first of an outcome's runs."""
+    return Config(outcome.method, outcome.batch_size, outcome.rate, outcome.strength, seed=0)
+
+
+def steps_to(outcome: Outcome, level: float, sign: int) -> int | None:
+    """After how many steps the mean test curve is at a level or better; None if never."""
+    return training.first_at_or_below(outcome.steps, sign * outcome.test.mean(axis=0), sign * level)
+
+
+def task_table(
+    task: Task, problem: Problem, found: Found, seconds: Mapping[Row, float]
+) -> summary.Table:
+    """Rows: batch size and optimizer; columns: the heads, each with its time to the first's end."""
+    digits, sign = (".3f" if task in CLASSIFIERS else ".2e"), problem.sign
+
+    def cell(row: Row) -> str:
+        outcome, baseline = found.get(row), found.get(row._replace(head=GRADIENT_HEAD))
+        if outcome is None:
+            return ""
+        text = findings.mean_and_interval(outcome.final, digits)
+        if row not in seconds or baseline is None:
+            return text
+        text += f"; {1e3 * seconds[row]:.1f} ms"
+        if outcome is baseline:
+            return text + f", {seconds[row] * outcome.steps[-1]:.1f} s"
+        steps = steps_to(outcome, baseline.test[:, -1].mean(), sign)
+        return text + (", never" if steps is None else f", {seconds[row] * steps:.1f} s")
+
+    heads = heads_of(task)
+    lines = [
+        (str(batch_size), optimizer, *(cell(Row(optimizer, head, batch_size)) for head in heads))
+        for batch_size, optimizer in dict.fromkeys((r.batch_size, r.optimizer) for r in found)
+    ]
+    caption = (
+        f"{task}: test {problem.metric}, mean ± half the 95 % interval; milliseconds per step; "
+        "seconds of training until the test curve is as good as the gradient head's at its end."
+    )
+    return summary.Table(caption, ("B", "optimizer", *heads), tuple(lines))
+
+
+def tuned_table(task: Task, found: Found) -> summary.Table:
+    """The hyperparameters behind `task_table`."""
+    heads = heads_of(task)
+
+    def cell(row: Row) -> str:
+        outcome = found.get(row)
+        if outcome is None:
+            return ""
+        strength = "" if outcome.strength is None else f", {outcome.strength:g}"
+        lecun = outcome.method.head == TWO_TIMESCALE and outcome.method.init is None
+        init = ", LeCun" if lecun else ""
+        return f"{outcome.rate:g}{strength}{init}"
+
+    lines = [
+        (str(batch_size), optimizer, *(cell(Row(optimizer, head, batch_size)) for head in heads))
+        for batch_size, optimizer in dict.fromkeys((r.batch_size, r.optimizer) for r in found)
+    ]
+    caption = f"{task}: best rate, and ratio or lam; a gradient head starts at zero or LeCun's."
+    return summary.Table(caption, ("B", "optimizer", *heads), tuple(lines))
+
+
+def claim(
+    sentence: str,
+    task: Task,
+    found: Found,
+    head: str,
+    other: str,
+    holds: Callable[[Outcome, Outcome], bool],
+) -> summary.Claim:
+    """A sentence about two heads, at every batch size with every optimizer that was run."""
+    digits = ".3f" if task in CLASSIFIERS else ".2e"
+    verdicts, evidence = [], []
+    for row, left in found.items():
+        right = found.get(row._replace(head=other))
+        if row.head != head or right is None:
+            continue
+        verdicts.append(holds(left, right))
+        evidence.append(
+            f"{row.optimizer} {row.batch_size}: {left.final.mean():{digits}} against "
+            f"{right.final.mean():{digits}}{'' if verdicts[-1] else ' (no)'}"
+        )
+    return summary.Claim(sentence, all(verdicts) if verdicts else None, "; ".join(evidence))
+
+
+def claims_of(task: Task, found: Found) -> list[summary.Claim]:
+    """What is said of a task."""
+    if task in CLASSIFIERS:
+        better, near, by = findings.higher, near_in_accuracy, "2 points"
+    else:
+        better, near, by = findings.lower, near_in_error, "10 %"
+    claims = [
+        claim(
+            f"{task}: a fixed penalty is better than a gradient head of any ratio.",
+            task,
+            found,
+            FIXED,
+            GRADIENT_HEAD,
+            better,
         ),
-        figures=[],
-        claims=[
-            findings.compare_pairs(
-                f"With {optimizer} it is within {tolerance} of the best fixed penalty.",
-                outcomes,
-                batch_sizes[task],
-                Method(optimizer, ADAPTIVE, EQUATION_17),
-                Method(optimizer, PROXIMAL, EQUATION_17),
-                near_in_error if task == "burgers" else near_in_accuracy,
-                digits,
+        claim(
+            f"{task}: a self-tuned penalty is within {by} of the best fixed.",
+            task,
+            found,
+            TUNED,
+            FIXED,
+            near,
+        ),
+    ]
+    if task in CLASSIFIERS:
+        claims.append(
+            claim(
+                f"{task}: the softmax head is better than cross entropy by gradient, of any ratio.",
+                task,
+                found,
+                SOFTMAX_HEAD,
+                CROSS_ENTROPY,
+                better,
             )
-            for optimizer in optimizers
-        ],
+        )
+    return claims
+
+
+def summarize(records: Records, figures: Path, preset: str = "cpu") -> summary.Summary:
+    """The page for a decision, of all tasks that were run.
+
+    Args:
+      records: finished runs.
+      figures, preset: of no effect; what all experiments take.
+    """
+    parts = []
+    for task in get_args(Task):
+        problem = make_problem(task, None, Path())
+        found = compare(Comparison(problem, records, train=False), task, BATCH_SIZES[task])
+        if found:
+            seconds = seconds_of(problem, records, found, train=False)
+            parts.append(
+                (
+                    task_table(task, problem, found, seconds),
+                    tuned_table(task, found),
+                    claims_of(task, found),
+                )
+            )
+    return page(parts)
+
+
+def page(parts: list[tuple[summary.Table, summary.Table, list[summary.Claim]]]) -> summary.Summary:
+    """Tables and claims of tasks as one summary."""
+    return summary.Summary(
+        title="Which head to take",
+        command="python -m benchmarks rules --task <task>",
+        setup="`cfll.prox(lam)` and `cfll.adaptive_prox()`, in the order of Eq. (17), against "
+        "gradient heads whose rate is 1e-4 to 1e3 times the backbone's, started at zero or as "
+        "LeCun; with a squared loss, and for classes with cross entropy, too, against "
+        "`cfll.softmax(lam)`. Every row has the same budget: 20 runs of a joint search over half "
+        "decades of rates and decades of ratio or lam, the best three on a second seed, the best "
+        "on five; chosen by the last validation metric. All rates decay on a cosine. Times per "
+        "step are measured in turn.",
+        tables=[table for numbers, tuned, _ in parts for table in (numbers, tuned)],
+        claims=[claim for *_, claims in parts for claim in claims],
+        figures=[],
     )
 
 
 def rules(
     task: Task = "burgers",
-    preset: Preset = "small",
+    optimizers: tuple[str, ...] = OPTIMIZERS,
+    batch_sizes: tuple[int, ...] = (),
     data: Path | None = None,
     out: Path = Path("benchmarks/out/rules"),
 ) -> None:
-    """A penalty that tunes itself against the best fixed one.
+    """Which head to take: gradient heads of any ratio, a fixed penalty, one that tunes itself.
 
-    Stop it when you like; the same command goes on where it stopped.
+    Stop it when you like; the same command goes on where it stopped. Two processes may share a
+    folder if they have different tasks.
 
     Args:
       task: what is learned.
-      preset: "small": a quarter of an hour for a task on two cores; "cpu": hours.
-      data: folder of CIFAR-10's official files, or of Omniglot's zips.
+      optimizers: only these.
+      batch_sizes: only these; all of the task if empty.
+      data: folder of CIFAR-10's official files, of Omniglot's zips, or of the tables' .csv.
       out: folder of finished runs and generated data.
     """
     start = time.perf_counter()
-    optimizers, batch_sizes, _ = SIZES[preset]
     console = Console()
-    num_rows = 2 * len(optimizers) * len(batch_sizes[task])
+    chosen = batch_sizes or BATCH_SIZES[task]
+    num_rows = len(heads_of(task)) * len(optimizers) * len(chosen)
+    problem, records = make_problem(task, data, out), Records(out / "rules.jsonl")
     with SweepProgress(console, RUNS_PER_ROW * num_rows) as progress:
-        problem, records = make_problem(task, data, out), Records(out / f"rules_{task}.jsonl")
-        outcomes = compare(Comparison(problem, records, progress=progress), task, preset)
-    summary.show(console, summary_of(outcomes, task, preset))
+        comparison = Comparison(problem, records, progress=progress)
+        found = compare(comparison, task, chosen, optimizers)
+    seconds = seconds_of(problem, records, found)
+    summary.show(
+        console,
+        page(
+            [
+                (
+                    task_table(task, problem, found, seconds),
+                    tuned_table(task, found),
+                    claims_of(task, found),
+                )
+            ]
+        ),
+    )
     console.print(f"{time.perf_counter() - start:.0f} s. Runs are in {out}.")

@@ -1,0 +1,1 @@
+"""What is learned: each file makes a `Problem` of data, a network and the length of a run."""
