@@ -694,3 +694,11 @@ def test_repeated_samples_that_contradict_each_other_get_no_huge_weights(lam, us
     rows = stacked_rows(features, lam) if use_bias else np.vstack([features, lam**0.5 * np.eye(64)])
     expected = np.linalg.lstsq(rows, np.vstack([targets, np.zeros((len(rows) - 8, 2))]))[0]
     assert relative_error(stack(head), expected) < 1e-3
+
+
+def test_a_route_is_found_by_an_array_without_a_hash():
+    for value in (jnp.int32(5), np.array(5), np.int32(5), 5):
+        assert cfll.Route(value) is cfll.Route.CG
+        assert cfll.Route._missing_(value) is cfll.Route.CG  # what Python 3.12 asks for an array
+    with pytest.raises(ValueError, match="not a valid Route"):
+        cfll.Route(jnp.int32(17))
