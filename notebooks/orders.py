@@ -284,3 +284,19 @@ equation_17.clear_cache()  # it reads the global `rule`
 for count in range(5):
     state, loss = equation_17(state, sample(count), None)
     print(f"{loss:.3f}", cfll.get_state(state).rule_state["lam"])
+
+# %% [markdown]
+# ## The paper's names
+#
+# | paper | here | note |
+# |---|---|---|
+# | φ(X), d × n | `features`, (..., d) | samples first; all leading axes are samples |
+# | Y, o × n | `targets`, (..., o) | floats; one-hot for classification |
+# | W, o × d, and b | `LinearHead(kernel, bias)`, (d, o) and (o,) | as Flax `Dense`; `bias=None` for none |
+# | W_t | `anchor` | in the optimizer's state, float32; bfloat16 parameters hold it rounded |
+# | β, λ | `beta`, `lam` | scalar, (d,) or (d, d); both multiply a *sum* over samples |
+# | L_B | `rule.loss`, `prox_loss` | *mean* over samples, sum over outputs, so rates do not depend on the batch size |
+#
+# The bias is penalized as in the paper, with the mean of the diagonal of `lam`; `penalize_bias=False` leaves it
+# free, as scikit-learn does. `sample_weight` of zero is a row that is not there, even if it holds NaN. bfloat16
+# and float16 features are accumulated and solved in float32.
