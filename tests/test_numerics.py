@@ -19,6 +19,7 @@ from benchmarks.experiments import numerics
 from benchmarks.records import Records
 from cfll.heads import widest_dtype
 from tests.interrupted import stop_and_resume
+from tests.oracles import TIMES as EXAMPLES
 from tests.oracles import make_problem, spoil_columns
 
 SOLVERS = ("auto", "primal", "dual", "qr", "sums")
@@ -179,7 +180,7 @@ def check(problem, known, solver, head, info):
 def test_right_or_flagged(name, shape, examples):
     dtype = DTYPES[name]
 
-    @settings(max_examples=examples, deadline=None, database=None)
+    @settings(max_examples=examples * EXAMPLES, deadline=None, database=None)
     @given(wild(dtype))
     def run(drawn):
         for repeat in range(REPEATS):
@@ -201,7 +202,7 @@ def transformed(params, features, targets, lam):
     return jax.tree.map(jnp.add, params, updates), state.info
 
 
-@settings(max_examples=500, deadline=None, database=None)
+@settings(max_examples=500 * EXAMPLES, deadline=None, database=None)
 @given(
     wild(np.float32),
     st.sampled_from([None, None, np.nan, np.inf, -np.inf]),
@@ -221,7 +222,7 @@ def test_a_head_that_is_not_finite_is_never_accepted(drawn, broken, row):
         chex.assert_trees_all_equal(new, params)
 
 
-@settings(max_examples=500, deadline=None, database=None)
+@settings(max_examples=500 * EXAMPLES, deadline=None, database=None)
 @given(
     st.tuples(*[st.integers(0, 3)] * 2),
     st.tuples(*[st.integers(0, 3)] * 2),
