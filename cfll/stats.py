@@ -81,7 +81,7 @@ class GramStats(NamedTuple):
         """The statistics with more samples, in the dtype of these.
 
         Args:
-          features, targets, sample_weight: as in `cfll.ridge_solve`.
+          features, targets, sample_weight: as in `cfll.ridge_solve`, but no weights per output.
 
         Returns:
           New statistics.

@@ -20,6 +20,7 @@ from cfll.losses import constant_at_first_order, penalized_loss
 from cfll.solve import Route, SolveInfo
 
 Penalty = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
+AxisName = str | tuple[str, ...]
 
 
 class HeadInfo(NamedTuple):
@@ -116,6 +117,9 @@ class Rule(NamedTuple):
         samples and sum over outputs.
       unsolved: ``unsolved(state) -> rule_state``, the next one where the head came from elsewhere,
         a `LinearHead` as ``solution``; by default the old one.
+      axis_name: the mapped axes whose devices ``solve`` sums over. With None, ``loss`` and
+        ``tx.update`` refuse to solve inside ``pmap`` and ``shard_map``, where replicas would part
+        unseen; ``rule._replace(axis_name=())`` lets every device solve for itself.
 
     Examples:
       A rule that solves only the first head and keeps it:
@@ -133,6 +137,7 @@ class Rule(NamedTuple):
     solve: Callable[..., Solution]
     objective: Callable[..., jax.Array] = _squared_loss
     unsolved: Callable[[ClosedFormState], Any] = attrgetter("rule_state")
+    axis_name: AxisName | None = None
 
     def loss(
         self,
@@ -175,7 +180,7 @@ class Rule(NamedTuple):
         References:
           Closed-Form Last Layer Optimization, Eq. (5), (14) and (17), Theorems 1 and 2.
         """
-        features = check_features(features, state)
+        features = check_features(features, state, self)
         unknown = set(extra) - set(known(self.solve, extra)) - set(known(self.objective, extra))
         if unknown:
             raise TypeError(f"this rule takes no keyword {', '.join(sorted(unknown))}.")
@@ -253,8 +258,8 @@ def _like(leaf: Any, reference: jax.Array) -> jax.Array:
     return leaf if same else jnp.asarray(leaf, reference.dtype)
 
 
-def check_features(features: Any, state: ClosedFormState) -> jax.Array:
-    """Refuse what is not the input of the head."""
+def check_features(features: Any, state: ClosedFormState, rule: Rule) -> jax.Array:
+    """Refuse what is not the input of the head, or of one device where the rule needs all."""
     if not isinstance(state, ClosedFormState):
         raise TypeError(
             f"state is a {type(state).__name__}; a rule needs the state of the head: write "
@@ -270,6 +275,16 @@ def check_features(features: Any, state: ClosedFormState) -> jax.Array:
         raise ValueError(
             f"the features have shape {features.shape}, but the head takes (..., {d}): they must "
             "be the input of the head, not its output. Check the method that makes them."
+        )
+    mesh = jax.sharding.get_abstract_mesh()
+    mapped = [name for name in mesh.manual_axes if mesh.shape[name] > 1]
+    if mapped and rule.axis_name is None:
+        raise ValueError(
+            f"each device of the mapped axis {mapped[0]!r} would solve for its own samples, and the"
+            f" replicas of a network part. Write cfll.prox(lam, axis_name={mapped[0]!r}), alike for"
+            " the ridge rules and adaptive_prox; for other rules jit over a sharded batch instead "
+            "of pmap and shard_map. If devices have networks of their own, or all samples: "
+            "rule._replace(axis_name=())."
         )
     return features
 
