@@ -266,6 +266,16 @@ def test_a_tiny_penalty_does_not_make_the_dual_vanish():
     np.testing.assert_allclose(got, [[1.0]], rtol=1e-3)
 
 
+@pytest.mark.parametrize("lam", [0.0, 1e-45, 1e-38])
+def test_a_wide_batch_whose_squares_vanish_has_a_solution(lam):
+    # The square of the unit of the fallback is zero in float32.
+    features = np.full((1, 3), 4.7e-20, np.float32)
+    head = jax.jit(lambda lam: cfll.ridge_solve(features, np.ones((1, 1)), lam, use_bias=False))(
+        lam
+    )
+    np.testing.assert_allclose(head(features), [[1.0]], rtol=1e-3)
+
+
 def test_products_of_large_features_and_targets_are_right_or_not_finite():
     rng = np.random.default_rng(0)
     features = np.asarray(rng.normal(size=(6, 3)), np.float32) * np.float32(3e18)
