@@ -301,7 +301,10 @@ def check_program(program):
         features = np.asarray(features_of(jax.tree.map(jnp.asarray, used), x), float)
         idle = program.wrapper == "MultiSteps" and number % 2 == 0  # adds up gradients
         idle |= program.wrapper == "apply_if_finite" and broken  # drops the step
-        # Whether numbers of 1e30 fit is for the dtype to say; the state says what came of it.
+        # Whether numbers of 1e30 fit, and the gradients at a head of 1e30 afterwards, is for the
+        # dtype to say; the state says what came of it.
+        if program.fault == "huge" and number > FAULT_AT and program.wrapper == "apply_if_finite":
+            idle |= int(state.count) == count
         if faulty == "huge":
             idle |= int(state.count) == count
             refused = not idle and int(state.info.skipped) > skipped
