@@ -188,6 +188,19 @@ def test_a_rejected_solution_keeps_head_and_rule_state():
     assert (bool(state.info.accepted), int(state.info.skipped), int(state.count)) == (False, 1, 2)
 
 
+def test_a_state_from_outside_the_step_shows_as_stale():
+    params, tx = make_params(), cfll.closed_form_head(PROX3)
+    first = opt_state = tx.init(params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for from_outside in (False, False, True):
+        state = first if from_outside else opt_state
+        _, solution = PROX3.loss(features_of(params), Y, cfll.get_state(state))
+        _, opt_state = tx.update(zeros, opt_state, params, solution=solution)
+        assert bool(cfll.get_state(opt_state).info.stale) is from_outside
+    _, opt_state = tx.update(zeros, opt_state, params, solution=solution.head)
+    assert not cfll.get_state(opt_state).info.stale
+
+
 def test_a_head_that_the_parameters_cannot_hold_is_rejected():
     rule, params = cfll.prox(1e-6), jax.tree.map(lambda p: p.astype(jnp.float16), make_params())
     tx = cfll.closed_form_head(rule)

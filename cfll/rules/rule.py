@@ -37,6 +37,8 @@ class HeadInfo(NamedTuple):
         replaced by it. Zero in the order of Eq. (17), unless a backbone uses leaves of the head as
         well (tied weights, which are not supported), the loss has another term with the head, or a
         transformation before this one decays it. Zero in the other orders, which replace gradients.
+      stale: bool, whether the solution was made from the state of another update: ``rule.loss`` got
+        a ``cfll.get_state(opt_state)`` of before, and keeps the head near an old one.
     """
 
     solve: SolveInfo
@@ -44,6 +46,7 @@ class HeadInfo(NamedTuple):
     skipped: jax.Array
     drift: jax.Array
     overruled: jax.Array
+    stale: jax.Array
 
     @property
     def route(self) -> jax.Array:
@@ -88,13 +91,15 @@ class Solution(NamedTuple):
       head: the next head.
       rule_state: the rule's next state.
       info: a `cfll.SolveInfo`.
-      path: of the head that it is for; filled in by ``rule.loss``.
+      path: of the head that it is for; filled in by ``rule.loss``, as
+      count: of the state that it was made from.
     """
 
     head: LinearHead
     rule_state: Any
     info: SolveInfo
     path: dict[str, None] | None = None
+    count: jax.Array | None = None  # type: ignore[assignment]  # as in ClosedFormState
 
 
 def _squared_loss(solution, features, targets, state, *, sample_weight=None):
@@ -190,7 +195,7 @@ class Rule(NamedTuple):
         solution = self.solve(*fixed, **known(self.solve, fixed_keywords))
         check_solution(solution, state)
         loss = self.objective(solution, *batch, **known(self.objective, keywords))
-        return loss, solution._replace(path=state.path)
+        return loss, solution._replace(path=state.path, count=state.count)
 
 
 def known(function: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
@@ -213,6 +218,7 @@ def initial_state(rule: Rule, anchor: LinearHead, path: str = "head") -> ClosedF
         skipped=jnp.zeros((), jnp.int32),
         drift=jnp.zeros((), jnp.float32),
         overruled=jnp.zeros((), jnp.float32),
+        stale=jnp.zeros((), jnp.bool_),
     )
     return ClosedFormState(jnp.zeros((), jnp.int32), anchor, rule.init(anchor), info, {path: None})
 
@@ -242,7 +248,14 @@ def advance(
         (state.anchor, state.rule_state),
     )
     skipped = state.info.skipped + (~accepted).astype(jnp.int32)
-    info = HeadInfo(solution.info.as_arrays(), accepted, skipped, drift, _largest(overruled or []))
+    info = HeadInfo(
+        solution.info.as_arrays(),
+        accepted,
+        skipped,
+        drift,
+        _largest(overruled or []),
+        jnp.asarray(solution.count is not None and solution.count != state.count),
+    )
     count = jnp.asarray(optax.safe_increment(state.count))
     return state._replace(count=count, anchor=anchor, rule_state=rule_state, info=info)
 
