@@ -32,7 +32,7 @@ class GramStats(NamedTuple):
     Features with a mean of 10 standard deviations err by 1e-5 to 1e-4, the more the more there are,
     of 100 by 1e-3 to 1e-2, of 1000 they are lost, and ``rcond`` says so: subtract such a mean
     before. A mean of the targets costs digits that ``rcond`` does not see: 1e-4 of the kernel at a
-    mean of 1e4 standard deviations, 2e-2 at 1e6. Subtract it, too; `cfll.ridge_solve` needs neither.
+    mean of 1e4 standard deviations, 2e-2 at 1e6. Subtract it, too. `cfll.ridge_solve` has neither.
 
     Attributes:
       gram: (d, d), :math:`\sum_i w_i \phi_i \phi_i^\top`.
