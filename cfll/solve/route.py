@@ -63,6 +63,12 @@ class SolveInfo(NamedTuple):
             jnp.asarray(self.residual, jnp.float32),
         )
 
+    def worst(self) -> "SolveInfo":
+        """Of several solves, stacked: the worst conditioned, and the least finished."""
+        route, rcond, iterations, residual = jax.tree.map(jnp.ravel, self)
+        k = jnp.argmin(rcond)
+        return SolveInfo(route[k], rcond[k], iterations.max(), residual.max())
+
 
 class Solver(Protocol):
     """One way to solve a `Problem`; hashable. A new one is one file with these three methods.
