@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from benchmarks.runtime import prepare_process
+from benchmarks.core.runtime import prepare_process
 
 
 def main() -> None:
@@ -21,11 +21,11 @@ def main() -> None:
     from benchmarks.experiments.landscape import landscape
     from benchmarks.experiments.numerics import numerics
     from benchmarks.experiments.quickstart import quickstart
-    from benchmarks.experiments.results import results
     from benchmarks.experiments.rules import rules
     from benchmarks.experiments.speed import speed
     from benchmarks.experiments.theory import theory
     from benchmarks.experiments.uncertainty import uncertainty
+    from benchmarks.reporting.results import results
 
     commands: dict[str, Any] = {
         "quickstart": quickstart,

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import sweep
+from benchmarks.core import sweep
+from benchmarks.core.records import Records
 from benchmarks.data import burgers
 from benchmarks.experiments import quickstart
 from benchmarks.models.fno import FNO1d
-from benchmarks.records import Records
 
 TINY = burgers.BurgersSettings(num_samples=64, num_points=128, dt=0.02)
 

@@ -14,7 +14,9 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import comparison, joint, methods
+from benchmarks.core import comparison, joint, methods
+from benchmarks.core.methods import ALGORITHM_1, GRADIENT, PROXIMAL, RIDGE, Method
+from benchmarks.core.records import Records
 from benchmarks.data import burgers as burgers_data
 from benchmarks.data import tables
 from benchmarks.experiments import (
@@ -22,14 +24,12 @@ from benchmarks.experiments import (
     burgers,
     classification,
     dfiv,
-    results,
     rules,
     uncertainty,
 )
-from benchmarks.methods import ALGORITHM_1, GRADIENT, PROXIMAL, RIDGE, Method
 from benchmarks.models.cnn import CNN
 from benchmarks.models.fno import FNO1d
-from benchmarks.records import Records
+from benchmarks.reporting import results
 from cfll import iv
 from tests.interrupted import stop_and_resume
 from tests.test_data import cifar_batch, omniglot_files, write_pickle
@@ -95,7 +95,7 @@ def test_a_sweep_survives_sigkill(tmp_path):
         """
         import os, signal, sys
         from pathlib import Path
-        from benchmarks.records import Records
+        from benchmarks.core.records import Records
 
         records = Records(Path(sys.argv[1]))
         for run in range(5):

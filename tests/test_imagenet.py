@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 import cfll
+from benchmarks.core.records import Records
 from benchmarks.data import augment, image_folder
 from benchmarks.experiments import imagenet
 from benchmarks.models.nfnet import NFNet, standardize
-from benchmarks.records import Records
-from benchmarks.summary import to_markdown
+from benchmarks.reporting.summary import to_markdown
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

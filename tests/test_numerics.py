@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfll
+from benchmarks.core.records import Records
 from benchmarks.experiments import numerics
-from benchmarks.records import Records
 from cfll.heads import widest_dtype
 from tests.interrupted import stop_and_resume
 from tests.oracles import make_problem, spoil_columns

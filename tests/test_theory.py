@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.core.records import Records
 from benchmarks.experiments import landscape, theory
-from benchmarks.records import Records
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

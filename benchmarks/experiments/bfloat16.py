@@ -19,16 +19,26 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from benchmarks import methods, summary, training
-from benchmarks.comparison import Data, measurement, network
+from benchmarks.core import methods, training
+from benchmarks.core.comparison import Data, measurement, network
+from benchmarks.core.methods import (
+    EQUATION_17,
+    GRADIENT,
+    HEAD,
+    PROXIMAL,
+    Batch,
+    Hyper,
+    Method,
+    State,
+)
+from benchmarks.core.optimizers import OPTIMIZERS
+from benchmarks.core.progress import SweepProgress
+from benchmarks.core.records import Record, Records
 from benchmarks.data import burgers as data
 from benchmarks.experiments.burgers import load
-from benchmarks.findings import mean_and_interval
-from benchmarks.methods import EQUATION_17, GRADIENT, HEAD, PROXIMAL, Batch, Hyper, Method, State
 from benchmarks.models.fno import FNO1d
-from benchmarks.optimizers import OPTIMIZERS
-from benchmarks.progress import SweepProgress
-from benchmarks.records import Record, Records
+from benchmarks.reporting import summary
+from benchmarks.reporting.findings import mean_and_interval
 from cfll.networks import ApplyFn
 
 Precision = Literal["float32", "bfloat16"]

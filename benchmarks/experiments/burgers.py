@@ -11,11 +11,8 @@ from typing import Literal
 
 from rich.console import Console
 
-from benchmarks import findings, summary
-from benchmarks.comparison import Comparison, Data, Outcome, Problem, compare, network
-from benchmarks.data import burgers as data
-from benchmarks.experiments.quickstart import scaling_of, standardize
-from benchmarks.methods import (
+from benchmarks.core.comparison import Comparison, Data, Outcome, Problem, compare, network
+from benchmarks.core.methods import (
     ALGORITHM_1,
     ALGORITHM_2,
     AVERAGE,
@@ -27,9 +24,12 @@ from benchmarks.methods import (
     Batch,
     Method,
 )
+from benchmarks.core.progress import SweepProgress
+from benchmarks.core.records import Records
+from benchmarks.data import burgers as data
+from benchmarks.experiments.quickstart import scaling_of, standardize
 from benchmarks.models.fno import FNO1d
-from benchmarks.progress import SweepProgress
-from benchmarks.records import Records
+from benchmarks.reporting import findings, summary
 
 Preset = Literal["cpu", "paper"]
 

@@ -17,8 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from benchmarks import findings, plots, summary
-from benchmarks.comparison import (
+from benchmarks.core.comparison import (
     STRENGTHS,
     Comparison,
     Config,
@@ -29,8 +28,7 @@ from benchmarks.comparison import (
     compare,
     network,
 )
-from benchmarks.data import cifar, omniglot
-from benchmarks.methods import (
+from benchmarks.core.methods import (
     ALGORITHM_1,
     ALGORITHM_2,
     AVERAGE,
@@ -42,10 +40,12 @@ from benchmarks.methods import (
     Batch,
     Method,
 )
+from benchmarks.core.progress import SweepProgress
+from benchmarks.core.records import Records
+from benchmarks.data import cifar, omniglot
 from benchmarks.models.cnn import CNN
 from benchmarks.models.resnet import ResNet18
-from benchmarks.progress import SweepProgress
-from benchmarks.records import Records
+from benchmarks.reporting import findings, plots, summary
 
 Preset = Literal["cpu", "paper"]
 DataSet = Literal["cifar10", "cifar100", "omniglot"]

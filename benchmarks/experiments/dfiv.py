@@ -20,15 +20,15 @@ import optax
 from rich.console import Console
 
 import cfll.flax
-from benchmarks import findings, plots, summary
-from benchmarks.comparison import RATES, STRENGTHS, MissingError
+from benchmarks.core.comparison import RATES, STRENGTHS, MissingError
+from benchmarks.core.progress import SweepProgress
+from benchmarks.core.records import Record, Records
+from benchmarks.core.training import marks, train
+from benchmarks.core.tuning import Point, best_of, descend, finalists
 from benchmarks.data import demand, dsprites
-from benchmarks.intervals import half_interval
 from benchmarks.models import dfiv as models
-from benchmarks.progress import SweepProgress
-from benchmarks.records import Record, Records
-from benchmarks.training import marks, train
-from benchmarks.tuning import Point, best_of, descend, finalists
+from benchmarks.reporting import findings, plots, summary
+from benchmarks.reporting.intervals import half_interval
 from cfll import iv
 
 Preset = Literal["cpu", "paper"]

@@ -31,13 +31,13 @@ from PIL import Image
 from rich.console import Console
 
 import cfll
-from benchmarks import plots
+from benchmarks.core.progress import SweepProgress
+from benchmarks.core.records import Record, Records, name_of
 from benchmarks.data import augment, image_folder
 from benchmarks.data.image_folder import Batch, Splits
 from benchmarks.models.nfnet import NFNet
-from benchmarks.progress import SweepProgress
-from benchmarks.records import Record, Records, name_of
-from benchmarks.summary import Claim, Summary, Table, show
+from benchmarks.reporting import plots
+from benchmarks.reporting.summary import Claim, Summary, Table, show
 
 # The recipe ---------------------------------------------------------------------------------------
 

@@ -20,9 +20,9 @@ import numpy as np
 from rich.console import Console
 
 import cfll
-from benchmarks import plots
-from benchmarks.records import Record, Records
-from benchmarks.summary import Claim, Summary, Table, show
+from benchmarks.core.records import Record, Records
+from benchmarks.reporting import plots
+from benchmarks.reporting.summary import Claim, Summary, Table, show
 
 Preset = Literal["cpu", "paper"]
 

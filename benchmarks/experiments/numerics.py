@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.progress import track
 
 import cfll
-from benchmarks import plots
-from benchmarks.records import Record, Records
-from benchmarks.summary import Claim, Summary, Table, show
+from benchmarks.core.records import Record, Records
+from benchmarks.reporting import plots
+from benchmarks.reporting.summary import Claim, Summary, Table, show
 
 SUMS = "GramStats.prox"
 SOLVERS = ("auto", "primal", "dual", "qr", SUMS)

@@ -21,14 +21,14 @@ import optax
 from rich.console import Console
 
 import cfll
-from benchmarks import plots, report
+from benchmarks.core.optimizers import OPTIMIZERS, cosine_decay
+from benchmarks.core.progress import SweepProgress
+from benchmarks.core.records import Records
+from benchmarks.core.sweep import Outcome, Plan, Row, Task, outcomes_of
+from benchmarks.core.training import evaluator
 from benchmarks.data import burgers
 from benchmarks.models.fno import FNO1d
-from benchmarks.optimizers import OPTIMIZERS, cosine_decay
-from benchmarks.progress import SweepProgress
-from benchmarks.records import Records
-from benchmarks.sweep import Outcome, Plan, Row, Task, outcomes_of
-from benchmarks.training import evaluator
+from benchmarks.reporting import plots, report
 
 MODEL = FNO1d()
 

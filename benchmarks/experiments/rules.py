@@ -11,10 +11,9 @@ from typing import Literal, NamedTuple, get_args
 
 from rich.console import Console
 
-from benchmarks import findings, joint, summary, training
-from benchmarks.comparison import Comparison, Config, MissingError, Outcome, Problem
-from benchmarks.experiments import burgers, classification
-from benchmarks.methods import (
+from benchmarks.core import joint, training
+from benchmarks.core.comparison import Comparison, Config, MissingError, Outcome, Problem
+from benchmarks.core.methods import (
     ADAPTIVE,
     EQUATION_17,
     PROXIMAL,
@@ -22,10 +21,12 @@ from benchmarks.methods import (
     TWO_TIMESCALE,
     Method,
 )
-from benchmarks.progress import SweepProgress
-from benchmarks.records import Records
+from benchmarks.core.progress import SweepProgress
+from benchmarks.core.records import Records
+from benchmarks.core.timing import interleaved_seconds
+from benchmarks.experiments import burgers, classification
+from benchmarks.reporting import findings, summary
 from benchmarks.tasks import kdv, tables
-from benchmarks.timing import interleaved_seconds
 
 Task = Literal["burgers", "kdv", "rf1", "california", "cifar10", "omniglot"]
 OPTIMIZERS = ("SGD", "Adam", "Muon")

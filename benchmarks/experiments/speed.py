@@ -23,14 +23,23 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 
 import cfll
-from benchmarks import methods, plots, summary
-from benchmarks.comparison import network
-from benchmarks.methods import ALGORITHM_1, EQUATION_17, GRADIENT, PROXIMAL, Batch, Hyper, Method
+from benchmarks.core import methods
+from benchmarks.core.comparison import network
+from benchmarks.core.methods import (
+    ALGORITHM_1,
+    EQUATION_17,
+    GRADIENT,
+    PROXIMAL,
+    Batch,
+    Hyper,
+    Method,
+)
+from benchmarks.core.progress import SweepProgress
+from benchmarks.core.records import Record, Records
 from benchmarks.models.fno import FNO1d
 from benchmarks.models.mlp import MLP
 from benchmarks.models.resnet import ResNet18
-from benchmarks.progress import SweepProgress
-from benchmarks.records import Record, Records
+from benchmarks.reporting import plots, summary
 
 ROUNDS = 9
 BETA = 10.0

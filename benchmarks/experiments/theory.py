@@ -39,9 +39,9 @@ from jax.scipy.special import erf
 from rich.console import Console
 
 import cfll
-from benchmarks import plots
-from benchmarks.records import Record, Records
-from benchmarks.summary import Claim, Summary, Table, show
+from benchmarks.core.records import Record, Records
+from benchmarks.reporting import plots
+from benchmarks.reporting.summary import Claim, Summary, Table, show
 
 Preset = Literal["cpu", "paper"]
 P = ParamSpec("P")

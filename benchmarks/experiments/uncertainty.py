@@ -22,13 +22,14 @@ import optax
 from rich.console import Console
 
 import cfll
-from benchmarks import summary, training
-from benchmarks.comparison import network
+from benchmarks.core import training
+from benchmarks.core.comparison import network
+from benchmarks.core.progress import SweepProgress
+from benchmarks.core.records import Record, Records
 from benchmarks.data.tables import Rows, TableName, load_table
-from benchmarks.findings import mean_and_interval
 from benchmarks.models.mlp import MLP
-from benchmarks.progress import SweepProgress
-from benchmarks.records import Record, Records
+from benchmarks.reporting import summary
+from benchmarks.reporting.findings import mean_and_interval
 
 HEAD, POSTERIOR, KALMAN, ENSEMBLE = "head", "bayesian_ridge", "kalman", "ensemble"
 RESCALED = ", rescaled"

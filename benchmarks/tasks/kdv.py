@@ -4,9 +4,9 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.comparison import Data, Problem, network
+from benchmarks.core.comparison import Data, Problem, network
+from benchmarks.core.methods import Batch, Method
 from benchmarks.data import kdv
-from benchmarks.methods import Batch, Method
 from benchmarks.models.fno import FNO1d
 
 MODEL, EPOCHS = FNO1d(num_features=64), 10

@@ -3,9 +3,9 @@
 from functools import partial
 from pathlib import Path
 
-from benchmarks.comparison import Data, Problem, network
+from benchmarks.core.comparison import Data, Problem, network
+from benchmarks.core.methods import Batch, Method
 from benchmarks.data.tables import NUM_TARGETS, TableName, load_table
-from benchmarks.methods import Batch, Method
 from benchmarks.models.mlp import MLP
 
 EPOCHS, SPLIT_SEED = 20, 0

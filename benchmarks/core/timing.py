@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import methods, training
-from benchmarks.comparison import Config, Problem
-from benchmarks.methods import Batch, Hyper
+from benchmarks.core import methods, training
+from benchmarks.core.comparison import Config, Problem
+from benchmarks.core.methods import Batch, Hyper
 
 
 def interleaved_seconds(

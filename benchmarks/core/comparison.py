@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 import cfll.flax
-from benchmarks import methods, training
-from benchmarks.methods import Batch, Hyper, Method, State
-from benchmarks.progress import SweepProgress
-from benchmarks.records import Record, Records
-from benchmarks.tuning import Point, best_of, descend
+from benchmarks.core import methods, training
+from benchmarks.core.methods import Batch, Hyper, Method, State
+from benchmarks.core.progress import SweepProgress
+from benchmarks.core.records import Record, Records
+from benchmarks.core.tuning import Point, best_of, descend
 from cfll.networks import Backbone
 
 # The grids of all experiments: half decades of rates, decades of penalties.

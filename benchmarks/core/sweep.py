@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks.progress import SweepProgress
-from benchmarks.records import Record, Records, load_params, name_of, save_params
-from benchmarks.training import Batch, batches, first_at_or_below, train
+from benchmarks.core.progress import SweepProgress
+from benchmarks.core.records import Record, Records, load_params, name_of, save_params
+from benchmarks.core.training import Batch, batches, first_at_or_below, train
 
 RATES_AT_MOST = 8
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 
 from rich.console import Console
 
-from benchmarks import summary
+from benchmarks.core.records import Records
 from benchmarks.experiments import (
     bfloat16,
     burgers,
@@ -24,7 +24,7 @@ from benchmarks.experiments import (
     theory,
     uncertainty,
 )
-from benchmarks.records import Records
+from benchmarks.reporting import summary
 
 BOTH = ("cpu", "paper")
 HOME = Path(__file__).parents[1]

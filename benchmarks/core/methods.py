@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import cfll
-from benchmarks.optimizers import OPTIMIZERS, cosine_decay
+from benchmarks.core.optimizers import OPTIMIZERS, cosine_decay
 from cfll.networks import ApplyFn
 
 HEAD = "head"

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.comparison import RATES, Comparison, Config, Outcome
-from benchmarks.methods import Method
-from benchmarks.tuning import Point, search
+from benchmarks.core.comparison import RATES, Comparison, Config, Outcome
+from benchmarks.core.methods import Method
+from benchmarks.core.tuning import Point, search
 
 BUDGET, NUM_FINALISTS = 20, 3
 # Decades. A ratio of one is the ordinary gradient head.

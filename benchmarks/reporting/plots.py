@@ -11,7 +11,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.intervals import half_interval
+from benchmarks.reporting.intervals import half_interval
 
 # Okabe-Ito colors and one dash pattern each.
 LINES: tuple[dict[str, Any], ...] = (

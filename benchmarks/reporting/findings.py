@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import plots
-from benchmarks.comparison import Outcome
-from benchmarks.intervals import half_interval
-from benchmarks.methods import Method
-from benchmarks.summary import Claim, Table
+from benchmarks.core.comparison import Outcome
+from benchmarks.core.methods import Method
+from benchmarks.reporting import plots
+from benchmarks.reporting.intervals import half_interval
+from benchmarks.reporting.summary import Claim, Table
 
 
 def number_table(

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cfll
-from benchmarks.sweep import Outcome
+from benchmarks.core.sweep import Outcome
 
 HEADINGS = ("optimizer", "head", "test MSE", "ratio", "steps to match", "ms/step", "rate")
 
