@@ -26,7 +26,7 @@ from benchmarks.core.methods import (
     Hyper,
     Method,
 )
-from benchmarks.core.tuning import best_of, descend, search
+from benchmarks.core.search import best_of, descend, search
 from benchmarks.reporting.intervals import half_interval
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -1,91 +1,27 @@
 """Methods against each other at several batch sizes: tuning, training, records.
 
 Between `methods.py` and the experiments. A run's result depends on its key alone, so the same code
-that trains also reads finished runs back: `RESULTS.md` is made by replaying an experiment on its
-records, without data and without training.
+that trains also reads finished runs back.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-import cfll.flax
-from benchmarks.core import methods, training
+from benchmarks.core import methods, training, tuner
 from benchmarks.core.methods import Batch, Hyper, Method, State
-from benchmarks.core.progress import SweepProgress
-from benchmarks.core.records import Record, Records
-from benchmarks.core.tuning import Point, best_of, descend
+from benchmarks.core.problem import Data, Problem
+from benchmarks.core.records import Record, load_params, name_of, save_params
+from benchmarks.core.runner import MissingError, Runner
+from benchmarks.core.tuner import Tuned, Tuner, Values
 from cfll.networks import Backbone
-
-# The grids of all experiments: half decades of rates, decades of penalties.
-RATES = tuple(float(f"{mantissa}e{exponent}") for exponent in range(-5, 2) for mantissa in (1, 3))
-STRENGTHS: Mapping[str, tuple[float, ...]] = {
-    "lam": tuple(10.0**k for k in range(-5, 6)),
-    "beta": tuple(10.0**k for k in range(-5, 6)),
-    "ratio": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
-}
-
-
-class Data(NamedTuple):
-    """Arrays: inputs (n, ...) and targets (n, ..., o).
-
-    Attributes:
-      train: to learn from.
-      validation: to choose hyperparameters by.
-      test: for the curves.
-      final: for the reported number; `None`: it is the last one of the test curve.
-      scale: multiplies mean squared errors into their unit.
-    """
-
-    train: Batch
-    validation: Batch
-    test: Batch
-    final: Batch | None = None
-    scale: float = 1.0
-
-
-class Problem(NamedTuple):
-    """What is learned.
-
-    Attributes:
-      settings: all that determines a result besides method, hyperparameters, batch size and seed;
-        part of the key of every run.
-      epochs: batch size -> passes over the training data.
-      load: makes or reads the data; called only if something is to be trained.
-      network: (seed, first inputs) -> the network, head included; its parameters as a `Backbone`.
-      metric: "MSE" or "accuracy": what the curves show, and by its sign what is better.
-      start: method -> first rate and strength to try.
-      augment: (batch, generator) -> batch, or None.
-      num_measurements: points of a curve.
-    """
-
-    settings: Mapping[str, Any]
-    epochs: Callable[[int], int]
-    load: Callable[[], Data]
-    network: Callable[[int, Any], Backbone]
-    metric: str
-    start: Callable[[Method], tuple[float, float | None]]
-    augment: Callable[[Batch, np.random.Generator], Batch] | None = None
-    num_measurements: int = 20
-
-    @property
-    def sign(self) -> int:
-        """What to multiply the metric by so that less is better."""
-        return 1 if self.metric == "MSE" else -1
-
-    @property
-    def worst(self) -> float:
-        """The metric of a run that diverged."""
-        return math.inf if self.metric == "MSE" else 0.0
-
-
-class MissingError(Exception):
-    """A run is not among the records, and nothing may be trained."""
 
 
 class Config(NamedTuple):
@@ -96,6 +32,16 @@ class Config(NamedTuple):
     rate: float
     strength: float | None
     seed: int
+
+    @property
+    def label(self) -> str:
+        """A run on one line."""
+        method = self.method
+        strength = "" if self.strength is None else f"{method.strength} {self.strength:g}"
+        return (
+            f"B {self.batch_size:<5} {method.optimizer:<5}{method.name:<26} "
+            f"rate {self.rate:<7g} {strength:<11} seed {self.seed}"
+        )
 
 
 class Outcome(NamedTuple):
@@ -111,7 +57,7 @@ class Outcome(NamedTuple):
       test: (seeds, steps).
       final: the number to report, one per seed.
       seconds_per_step: median over steps and seeds.
-      tried: every hyperparameter that was tried on the first seed: [rate, strength, validation].
+      tried: cost of all hyperparameters that were tried on the first seed.
     """
 
     method: Method
@@ -123,7 +69,7 @@ class Outcome(NamedTuple):
     test: np.ndarray
     final: np.ndarray
     seconds_per_step: float
-    tried: list[tuple[float, float | None, float]]
+    tried: dict[Values, float]
 
 
 class Comparison:
@@ -131,22 +77,21 @@ class Comparison:
 
     Args:
       problem: what is learned.
-      records: finished runs; new ones are added.
-      train: whether missing runs may be trained.
-      progress: told about every run, or None.
+      runner: of its finished runs.
+      tuned_by: the tuner of all methods, by default `BY_AXES`.
+      keep: folder for what `finished` returns, if that is needed.
     """
 
     def __init__(
         self,
         problem: Problem,
-        records: Records,
-        *,
-        train: bool = True,
-        progress: SweepProgress | None = None,
+        runner: Runner,
+        tuned_by: Tuner | None = None,
+        keep: Path | None = None,
     ):
-        self.problem, self.records = problem, records
-        self._train, self._progress = train, progress
-        self._data: Callable[[], Data] = cache(problem.load)
+        self.problem, self.runner, self._keep = problem, runner, keep
+        self.tuner = tuned_by or tuner.BY_AXES
+        self.data: Callable[[], Data] = cache(problem.load)
         self._compiled: tuple[Any, Any] | None = None
 
     def key(self, config: Config) -> Record:
@@ -162,158 +107,175 @@ class Comparison:
             "seed": config.seed,
         }
 
-    def tune(self, method: Method, batch_size: int, seeds: Sequence[int]) -> Outcome:
+    def tune(
+        self,
+        method: Method,
+        batch_size: int,
+        seeds: Sequence[int],
+        start: Values | None = None,
+        candidates: Sequence[Values] = (),
+    ) -> Outcome:
         """The best hyperparameters by the last validation metric, then all seeds.
 
         Args:
           method: which.
           batch_size: samples per step.
           seeds: the search runs on the first, the best is run on all.
+          start: rate and strength where the search begins; by default the problem's.
+          candidates: if given, only these are tried.
 
         Raises:
           MissingError: if a run is missing and nothing may be trained.
         """
-        axes: list[Sequence[float | None]] = [RATES]
-        rate, strength = self.problem.start(method)
-        start = [_nearest(RATES, rate)]
-        if method.strength is not None:
-            values = STRENGTHS[method.strength]
-            axes.append(values)
-            start.append(_nearest(values, strength or 1.0))
 
-        def config(point: Point, seed: int) -> Config:
-            values = [axis[index] for axis, index in zip(axes, point, strict=True)]
-            second = values[1] if len(values) > 1 else None
-            assert values[0] is not None
-            return Config(method, batch_size, values[0], second, seed)
-
-        def cost(point: Point) -> float:
-            last = self.run(config(point, seeds[0]))["validation"][-1]
+        def cost(values: Values, seed: int) -> float:
+            last = self.run(config_of(method, batch_size, values, seed))["validation"][-1]
             # Not the worst accuracy, which is a plateau that a search does not leave.
             return math.inf if last is None else self.problem.sign * last
 
-        tried = descend(cost, tuple(start), [len(axis) for axis in axes])
-        best = best_of(tried)
-        found = [config(point, seeds[0]) for point in sorted(tried)]
-        return self.outcome(
-            [config(best, seed) for seed in seeds],
-            [
-                (
-                    c.rate,
-                    c.strength,
-                    self.problem.worst
-                    if math.isinf(tried[point])
-                    else self.problem.sign * tried[point],
-                )
-                for point, c in zip(sorted(tried), found, strict=True)
-            ],
-        )
+        if candidates:
+            tried = {values: cost(values, seeds[0]) for values in candidates}
+            found = self.tuner.choose(tried, cost, seeds)
+        else:
+            axes = self.tuner.axes(method.strength)
+            rate, strength = start or self.problem.start(method)
+            first = (rate, strength or 1.0)[: len(axes)]
+            found = self.tuner.tune(cost, axes, [first], seeds)
+        return self.outcome([config_of(method, batch_size, found.best, s) for s in seeds], found)
 
-    def outcome(
-        self, configs: Sequence[Config], tried: list[tuple[float, float | None, float]]
-    ) -> Outcome:
+    def outcome(self, configs: Sequence[Config], found: Tuned | None = None) -> Outcome:
         """Run the same configuration on several seeds."""
         records = [self.run(config) for config in configs]
-        worst = self.problem.worst
 
-        def curves(name: str) -> np.ndarray:
-            return np.array([[_number(x, worst) for x in record[name]] for record in records])
+        def numbers(values: list[float | None]) -> list[float]:
+            return [self.problem.worst if value is None else value for value in values]
 
-        first = configs[0]
         return Outcome(
-            first.method,
-            first.batch_size,
-            first.rate,
-            first.strength,
+            *configs[0][:4],
             steps=records[0]["steps"],
-            validation=curves("validation"),
-            test=curves("test"),
-            final=np.array([_number(record["final"], worst) for record in records]),
+            validation=np.array([numbers(record["validation"]) for record in records]),
+            test=np.array([numbers(record["test"]) for record in records]),
+            final=np.array(numbers([record["final"] for record in records])),
             seconds_per_step=float(np.median([r["seconds_per_step"] for r in records])),
-            tried=tried,
+            tried=found.tried if found else {},
         )
 
     def run(self, config: Config) -> Record:
         """One run: from the records, or trained and added to them."""
-        key = self.key(config)
-        record = self.records.get(key)
-        note = "from disk"
-        if record is None:
-            if not self._train:
-                raise MissingError(str(key))
-            if self._progress:
-                self._progress.start(label_of(config), self.num_steps(config.batch_size))
-            record = self._trained(config)
-            self.records.add(key, record)
-            note = f"{1e3 * record['seconds_per_step']:.0f} ms/step"
-        if self._progress:
+
+        def says(record: Record) -> str:
             last = record["validation"][-1]
-            shown = "diverged" if last is None else f"{self.problem.metric} {last:.3g}"
-            self._progress.finish(f"{label_of(config)}  {shown:<16} {note}")
-        return record
+            return "diverged" if last is None else f"{self.problem.metric} {last:.3g}"
+
+        return self.runner.run(self.key(config), partial(self._trained, config), config.label, says)
 
     def num_steps(self, batch_size: int) -> int:
         """Steps of a run."""
-        per_epoch = len(self._data().train.targets) // batch_size
+        per_epoch = len(self.data().train.targets) // batch_size
         if per_epoch == 0:
             raise SystemExit(f"batch size {batch_size} exceeds the training set")
         return self.problem.epochs(batch_size) * per_epoch
 
     def _trained(self, config: Config) -> Record:
-        problem, data, method = self.problem, self._data(), config.method
-        num_steps = self.num_steps(config.batch_size)
-        strength = np.float32(1.0 if config.strength is None else config.strength)
-        hyper = Hyper(np.float32(config.rate), strength, np.int32(num_steps))
-        network = problem.network(config.seed, data.train.inputs[:1])
-        take_step, measure = self._functions(method, config.batch_size, network)
-        state = methods.init(method, hyper, network.params, network.stats, config.seed)
-        batches = self._batches(config)
-        if method.order == methods.ALGORITHM_2:
-            first, batches = _peek(batches)
-            state = jax.jit(partial(methods.first_head, method, network.apply))(hyper, state, first)
-
-        state, curve = training.train(
-            partial(take_step, hyper),
-            state,
-            _with_following(batches),
-            error=lambda state: (
-                data.scale * measure(state, data.validation),
-                data.scale * measure(state, data.test),
-            ),
-            measure_at=training.marks(num_steps, problem.num_measurements),
-            on_step=self._progress.step if self._progress else lambda loss: None,
+        data = self.data()
+        parts = [data.validation] + ([] if data.test is None else [data.test])
+        state, network, curve = self.train(
+            config, lambda measure, state: [data.scale * measure(state, part) for part in parts]
         )
-        pairs = [(None, None) if isinstance(e, float) else e for e in curve.errors]
-        final = pairs[-1][1]
+        if self._keep is not None:
+            path = self._keep / f"{name_of(self.key(config))}.npz"
+            save_params(path, (state.params, state.stats))
+        errors = [[None] * len(parts) if isinstance(e, float) else e for e in curve.errors]
+        final = None if data.test is None else errors[-1][1]
         if final is not None and data.final is not None:
-            final = data.scale * measure(state, data.final)
+            final = data.scale * self._functions(config, network)[1](state, data.final)
         return {
             "steps": curve.steps,
-            "validation": [pair[0] for pair in pairs],
-            "test": [pair[1] for pair in pairs],
+            "validation": [pair[0] for pair in errors],
+            "test": [] if data.test is None else [pair[1] for pair in errors],
             "final": final,
             "seconds_per_step": curve.seconds_per_step,
         }
 
-    def _functions(self, method: Method, batch_size: int, network: Backbone) -> tuple[Any, Any]:
+    def finished(self, config: Config) -> tuple[State, Callable[[State, Batch], float]]:
+        """The last state of a run, made again if it was not kept, and how to measure it."""
+        assert self._keep is not None
+        path = self._keep / f"{name_of(self.key(config))}.npz"
+        _, state, network = self.prepare(config, num_steps=1)
+        if not path.exists():
+            self._trained(config)
+        params, stats = load_params(path, like=(state.params, state.stats))
+        measure = self._functions(config, network)[1]
+        return state._replace(params=params, stats=stats), measure
+
+    def train(
+        self, config: Config, error: Callable[[Any, State], Any] | None = None
+    ) -> tuple[State, Backbone, training.Curve]:
+        """Train, whatever the records have.
+
+        Args:
+          config: what.
+          error: (measurement of a state on a batch, state) -> what the curve holds.
+        """
+        num_steps, num_points = self.num_steps(config.batch_size), self.problem.num_measurements
+        step, state, network = self.prepare(config, num_steps)
+        measure = self._functions(config, network)[1]
+        batches = self._batches(config)
+        if config.method.order == methods.ALGORITHM_2:
+            first, batches = _peek(batches)
+            first_head = partial(methods.first_head, config.method, network.apply)
+            state = jax.jit(first_head)(hyper_of(config, num_steps), state, first)
+        self.runner.progress.start(config.label, num_steps)
+        state, curve = training.train(
+            step,
+            state,
+            _with_following(batches),
+            error=partial(error, measure) if error else lambda state: 0.0,
+            measure_at=training.marks(num_steps, num_points) if error else set(),
+            on_step=self.runner.progress.step,
+        )
+        return state, network, curve
+
+    def prepare(self, config: Config, num_steps: int) -> tuple[Callable, State, Backbone]:
+        """The step (state, batch, following) -> (state, loss), the first state, the network."""
+        network = self.problem.network(config.seed, self.data().train.inputs[:1])
+        hyper = hyper_of(config, num_steps)
+        state = methods.init(config.method, hyper, network.params, network.stats, config.seed)
+        return partial(self._functions(config, network)[0], hyper), state, network
+
+    def _functions(self, config: Config, network: Backbone) -> tuple[Any, Any]:
         """Step and measurement, compiled once per method and batch size."""
-        tag = (method, batch_size)
+        tag = config.method, config.batch_size
         if self._compiled is None or self._compiled[0] != tag:
-            jitted = jax.jit(partial(methods.step, method, network.apply), donate_argnames="state")
-            measure = measurement(self.problem.metric, partial(methods.outputs, network.apply))
-            self._compiled = (tag, (jitted, measure))
+            step = partial(methods.step, config.method, network.apply)
+            outputs = partial(methods.outputs, network.apply)
+            measure = training.measurement(self.problem.metric, outputs)
+            self._compiled = tag, (jax.jit(step, donate_argnames="state"), measure)
         return self._compiled[1]
 
     def _batches(self, config: Config) -> Iterator[Batch]:
-        epochs = self.problem.epochs(config.batch_size)
         stream = training.batches(
-            *self._data().train, batch_size=config.batch_size, epochs=epochs, seed=config.seed
+            *self.data().train,
+            batch_size=config.batch_size,
+            epochs=self.problem.epochs(config.batch_size),
+            seed=config.seed,
         )
         augment = self.problem.augment
         rng = np.random.default_rng([config.seed, 1])
         for inputs, targets in stream:
             batch = Batch(inputs, targets)
             yield batch if augment is None else augment(batch, rng)
+
+
+def config_of(method: Method, batch_size: int, values: Values, seed: int) -> Config:
+    """A run with these hyperparameters: a rate, and a strength if the method has one."""
+    return Config(method, batch_size, values[0], values[1] if len(values) > 1 else None, seed)
+
+
+def hyper_of(config: Config, num_steps: int) -> Hyper:
+    """What the compiled step is told."""
+    strength = np.float32(1.0 if config.strength is None else config.strength)
+    return Hyper(np.float32(config.rate), strength, np.int32(num_steps))
 
 
 def compare(
@@ -325,56 +287,9 @@ def compare(
     """All methods at all batch sizes. If nothing may be trained, what lacks runs is left out."""
     outcomes = []
     for batch_size, method in itertools.product(batch_sizes, rows):
-        try:
+        with suppress(MissingError):
             outcomes.append(comparison.tune(method, batch_size, seeds))
-        except MissingError:
-            continue
     return outcomes
-
-
-def network(model: Any, seed: int, inputs: Any) -> Backbone:
-    """A linen module with a head as a backbone that keeps the head's parameters.
-
-    Args:
-      model: has a method `features` and a dense layer `head`.
-      seed: of its initialization.
-      inputs: sets the shapes.
-    """
-    variables = model.init(jax.random.key(seed), np.asarray(inputs, np.float32))
-    return cfll.flax.backbone(model, variables, method="features")
-
-
-def measurement(metric: str, outputs: Callable[..., jax.Array]) -> Callable[[State, Batch], float]:
-    """A state's mean squared error (over samples and outputs), or its accuracy, in chunks."""
-
-    @jax.jit
-    def total(state: State, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-        predicted = outputs(state, inputs)
-        if metric == "MSE":
-            return ((predicted - targets) ** 2).sum()
-        return (predicted.argmax(axis=-1) == targets.argmax(axis=-1)).sum()
-
-    def measure(state: State, batch: Batch) -> float:
-        size = training.chunk_size(batch.targets)
-        starts = range(0, len(batch.inputs), size)
-        sums = [
-            float(total(state, batch.inputs[i : i + size], batch.targets[i : i + size]))
-            for i in starts
-        ]
-        count = batch.targets.size if metric == "MSE" else len(batch.targets)
-        return sum(sums) / count
-
-    return measure
-
-
-def label_of(config: Config) -> str:
-    """A run on one line."""
-    method = config.method
-    strength = "" if config.strength is None else f"{method.strength} {config.strength:g}"
-    return (
-        f"B {config.batch_size:<5} {method.optimizer:<5}{method.name:<26} "
-        f"rate {config.rate:<7g} {strength:<11} seed {config.seed}"
-    )
 
 
 def _with_following(batches: Iterator[Batch]) -> Iterator[tuple[Batch, Batch]]:
@@ -389,11 +304,3 @@ def _with_following(batches: Iterator[Batch]) -> Iterator[tuple[Batch, Batch]]:
 def _peek(batches: Iterator[Batch]) -> tuple[Batch, Iterator[Batch]]:
     first = next(batches)
     return first, itertools.chain([first], batches)
-
-
-def _nearest(values: Sequence[float], value: float) -> int:
-    return int(np.argmin(np.abs(np.log(values) - math.log(value))))
-
-
-def _number(value: float | None, worst: float) -> float:
-    return worst if value is None else value

@@ -23,6 +23,8 @@ RIDGE, AVERAGE, PROXIMAL = "ridge", "average of ridge", "proximal"
 ADAPTIVE, SOFTMAX = "self-tuned", "softmax"
 ALGORITHM_1, ALGORITHM_2, EQUATION_17 = "Alg. 1", "Alg. 2", "Eq. (17)"
 
+OF_NETWORK = "network"  # an initialization
+
 AVERAGE_DECAY = 0.5  # of Barboni et al.
 
 # Of the heads in closed form; called with a method's strength.
@@ -53,8 +55,8 @@ class Method(NamedTuple):
       order: of backbone and head within a step, for those in closed form; AVERAGE has but Eq. (17).
       loss: "l2", or "cross entropy" with a gradient head.
       use_bias: whether the head has an intercept.
-      init: of the head's kernel: "zeros", "lecun", "xavier" or "he". `None`: zeros for closed-form
-        heads, the paper's best; LeCun, as Flax has it, for the others.
+      init: of the head's kernel: "zeros", "lecun", "xavier", "he", or OF_NETWORK, as the network
+        was made. `None`: zeros for closed-form heads, the paper's best; LeCun for the others.
     """
 
     optimizer: str
@@ -140,11 +142,12 @@ def init(method: Method, hyper: Hyper, params: Any, stats: Any, seed: int) -> St
     """
     shape = params[HEAD]["kernel"].shape
     name = method.init or ("lecun" if method.head in (GRADIENT, TWO_TIMESCALE) else "zeros")
-    key = jax.random.fold_in(jax.random.key(seed), 1)
-    head = {"kernel": INITIALIZERS[name](key, shape, jnp.float32)}
-    if method.use_bias:
-        head["bias"] = jnp.zeros(shape[-1:], jnp.float32)
-    params = {**params, HEAD: head}
+    if name != OF_NETWORK:
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        head = {"kernel": INITIALIZERS[name](key, shape, jnp.float32)}
+        if method.use_bias:
+            head["bias"] = jnp.zeros(shape[-1:], jnp.float32)
+        params = {**params, HEAD: head}
     return State(params, stats, transformation(method, hyper).init(params))
 
 

@@ -49,11 +49,6 @@ class SweepProgress:
     ) -> None:
         self._bars.stop()
 
-    def plan_more(self, runs: int) -> None:
-        """Announce additional runs."""
-        self._num_runs += runs
-        self._bars.update(self._runs, total=self._num_runs)
-
     def start(self, label: str, num_steps: int) -> None:
         """Begin a run."""
         self._bars.reset(self._steps, total=num_steps, description=label, note="compiling")
@@ -64,10 +59,11 @@ class SweepProgress:
         self._bars.update(self._steps, advance=1, note=f"loss {loss:.2e}")
 
     def finish(self, line: str) -> None:
-        """The run is done, or was found on disk."""
+        """The run is done, or was found on disk. Nothing is printed of a run without a name."""
         self._done += 1
         self._bars.update(self._runs, advance=1)
         self._bars.update(self._steps, visible=False)
-        self._bars.console.print(
-            f"{self._done:>3}/{self._num_runs} {line}", highlight=False, soft_wrap=True
-        )
+        if line:
+            self._bars.console.print(
+                f"{self._done:>3}/{self._num_runs} {line}", highlight=False, soft_wrap=True
+            )

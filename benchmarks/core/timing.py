@@ -1,51 +1,40 @@
-"""Seconds of a training step, of several methods in turn, so that what else runs slows all alike.
+"""Seconds of several candidates in turn, so that what else runs slows all alike."""
 
-Between `comparison.py` and the experiments.
-"""
-
-import itertools
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-from benchmarks.core import methods, training
-from benchmarks.core.comparison import Config, Problem
-from benchmarks.core.methods import Batch, Hyper
+from benchmarks.core.comparison import Comparison, Config
 
 
-def interleaved_seconds(
-    problem: Problem, configs: Sequence[Config], num_rounds: int = 30
-) -> list[float]:
-    """Median seconds per step of each configuration, compilation excluded.
+def interleaved(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each candidate, one number per round.
 
     Args:
-      problem: what is learned.
-      configs: of one batch size.
-      num_rounds: steps of each.
+      candidates: name -> what to time; its arrays are waited for.
+      rounds: after two that warm up: the first compiles, the second may once more.
     """
-    data = problem.load()
-    batch_size = configs[0].batch_size
-    runs: list[tuple[Callable[..., Any], methods.State]] = []
-    for config in configs:
-        network = problem.network(config.seed, data.train.inputs[:1])
-        strength = np.float32(1.0 if config.strength is None else config.strength)
-        hyper = Hyper(np.float32(config.rate), strength, np.int32(1000))
-        state = methods.init(config.method, hyper, network.params, network.stats, config.seed)
-        step = jax.jit(partial(methods.step, config.method, network.apply), donate_argnames="state")
-        runs.append((partial(step, hyper), state))
-    stream = training.batches(*data.train, batch_size=batch_size, epochs=num_rounds + 2, seed=0)
-    seconds = []
-    # Two rounds more: the first step compiles, the second may once more.
-    for arrays in itertools.islice(stream, num_rounds + 2):
-        taken, batch = [], Batch(*arrays)
-        for index, (take_step, state) in enumerate(runs):
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for count in range(rounds + 2):
+        for name, run in candidates.items():
             start = time.perf_counter()
-            state, _ = jax.block_until_ready(take_step(state, batch, batch))
-            taken.append(time.perf_counter() - start)
-            runs[index] = take_step, state
-        seconds.append(taken)
-    return [float(value) for value in np.median(seconds[2:], axis=0)]
+            jax.block_until_ready(run())
+            if count >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def training_step(comparison: Comparison, config: Config, num_steps: int) -> Callable[[], Any]:
+    """A step of a run on one batch, to be timed; it keeps its own state."""
+    step, state, _ = comparison.prepare(config, num_steps)
+    train = comparison.data().train
+    batch = type(train)(*(part[: config.batch_size] for part in train))
+
+    def run() -> Any:
+        nonlocal state
+        state, loss = step(state, batch, batch)
+        return state, loss
+
+    return run

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 Batch = tuple[np.ndarray, np.ndarray]
@@ -83,30 +82,34 @@ def train(
     )
 
 
-def evaluator(
-    apply: Callable[[Any, jax.Array], jax.Array], rows_at_once: int = 2**14
-) -> Callable[[Any, np.ndarray, np.ndarray], float]:
-    """A function that measures the mean squared error in pieces that fit into the cache.
+def measurement(
+    metric: str, outputs: Callable[[Any, Any], jax.Array]
+) -> Callable[[Any, tuple[Any, Any]], float]:
+    """The evaluator: mean squared error over samples and outputs, or accuracy, in chunks.
 
     Args:
-      apply: (params, inputs) -> predictions of the targets' shape.
-      rows_at_once: (sample, grid point) pairs per piece.
+      metric: "MSE" or "accuracy".
+      outputs: (state, inputs) -> predictions of the targets' shape.
 
     Returns:
-      (params, inputs, targets) -> mean over all elements of the targets.
+      (state, (inputs, targets)) -> a number.
     """
 
     @jax.jit
-    def sum_of_squares(params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(apply(params, inputs) - targets))
+    def total(state: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+        predicted = outputs(state, inputs)
+        if metric == "MSE":
+            return ((predicted - targets) ** 2).sum()
+        return (predicted.argmax(axis=-1) == targets.argmax(axis=-1)).sum()
 
-    def mean_squared_error(params: Any, inputs: np.ndarray, targets: np.ndarray) -> float:
-        size = max(1, rows_at_once // math.prod(targets.shape[1:-1]))
+    def measure(state: Any, batch: tuple[Any, Any]) -> float:
+        inputs, targets = batch
+        size = chunk_size(targets)
         starts = range(0, len(inputs), size)
-        sums = [sum_of_squares(params, inputs[i : i + size], targets[i : i + size]) for i in starts]
-        return float(np.sum([float(s) for s in sums])) / targets.size
+        sums = [float(total(state, inputs[i : i + size], targets[i : i + size])) for i in starts]
+        return sum(sums) / (targets.size if metric == "MSE" else len(targets))
 
-    return mean_squared_error
+    return measure
 
 
 def marks(num_steps: int, at_most: int) -> set[int]:

@@ -4,7 +4,6 @@
 
 Gradient descent walks on the surface; with the head in closed form it walks on the curve W*(theta).
 
-Top of the benchmarks: one experiment, one command. Knows cfll and figures, no data and no networks.
 Everything is dimensionless.
 """
 
@@ -17,10 +16,11 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-from rich.console import Console
 
 import cfll
 from benchmarks.core.records import Record, Records
+from benchmarks.core.runner import running
+from benchmarks.experiments import Experiment
 from benchmarks.reporting import plots
 from benchmarks.reporting.summary import Claim, Summary, Table, show
 
@@ -55,7 +55,7 @@ class Settings(NamedTuple):
 
 
 # The same for both: the experiment takes seconds.
-PRESETS: dict[Preset, Settings] = {"cpu": Settings(), "paper": Settings()}
+PRESETS: dict[str, Settings] = {"cpu": Settings(), "paper": Settings()}
 
 JOINT, CLOSED_FORM = "gradient head", "closed form"
 
@@ -297,19 +297,13 @@ def draw(settings: Settings, result: Record, path: Path) -> None:
         plt.close(figure)
 
 
-def key_of(preset: Preset) -> Record:
+def key_of(preset: str) -> Record:
     """What the record is filed under."""
     return {"experiment": "landscape", "settings": PRESETS[preset]._asdict()}
 
 
-def summarize(records: Records, figures: Path, preset: Preset) -> Summary:
-    """Draw the figure and say what the numbers say.
-
-    Args:
-      records: results of `landscape`.
-      figures: folder of the figure, made if it is not there.
-      preset: which result.
-    """
+def summarize(records: Records, figures: Path, preset: str) -> Summary:
+    """Draw the figure and say what the numbers say."""
     settings, result = PRESETS[preset], records.get(key_of(preset))
     paths = []
     if result is not None:
@@ -400,7 +394,9 @@ def landscape(preset: Preset = "cpu", out: Path = Path("benchmarks/out/landscape
       preset: both are the same here.
       out: folder of the numbers and the figure.
     """
-    records, key = Records(out / "landscape.jsonl"), key_of(preset)
-    if records.get(key) is None:
-        records.add(key, run(PRESETS[preset]))
-    show(Console(), summarize(records, out, preset))
+    with running(out, "landscape", 1) as runner:
+        runner.run(key_of(preset), partial(run, PRESETS[preset]), "both descents")
+    show(summarize(Records(out / "landscape.jsonl"), out, preset))
+
+
+EXPERIMENTS = (Experiment(landscape, summarize, place=10),)

@@ -132,7 +132,7 @@ def panels_by_batch_size(
     yscale: str = "linear",
     xscale: str = "linear",
     window: int = 5,
-) -> None:
+) -> list[Path]:
     """The paper's figures: one column per batch size, one line per method.
 
     Lines are means over the runs, shades their 95 % confidence intervals, both smoothed over a
@@ -146,7 +146,13 @@ def panels_by_batch_size(
       yscale: "linear" or "log".
       xscale: "linear" or "log".
       window: number of points of the rolling average; 1 for none.
+
+    Returns:
+      The path; nothing if there are no panels.
     """
+    if not panels:
+        return []
+    path.parent.mkdir(parents=True, exist_ok=True)
     labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
     styles = {label: style_of(index) for index, label in enumerate(labels)}
     width = max(5.0, 3.3 * len(panels))
@@ -179,6 +185,7 @@ def panels_by_batch_size(
         figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=columns)
         figure.savefig(path)
         plt.close(figure)
+    return [path]
 
 
 def rolling_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -1,90 +1,31 @@
 """results: RESULTS.md, from the records of finished runs alone.
 
-Top of the benchmarks. Nothing is trained and no data are read: every experiment is replayed on its
-records, so the text, the tables, the figures and the verdicts cannot differ from what was run.
+Nothing is trained and no data are read: every experiment is replayed on its records, so the text,
+the tables, the figures and the verdicts cannot differ from what was run.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
 
 from rich.console import Console
 
 from benchmarks.core.records import Records
-from benchmarks.experiments import (
-    bfloat16,
-    burgers,
-    classification,
-    dfiv,
-    imagenet,
-    landscape,
-    numerics,
-    speed,
-    theory,
-    uncertainty,
-)
-from benchmarks.reporting import summary
+from benchmarks.experiments import discover
+from benchmarks.reporting.summary import Summary, markdown_table, to_markdown
 
-BOTH = ("cpu", "paper")
 HOME = Path(__file__).parents[1]
 
 
-class Section(NamedTuple):
-    """A part of RESULTS.md.
-
-    Attributes:
-      file: name of the records, without folder.
-      summarize: (records, folder for figures, preset=...) -> summary.
-      presets: those that the experiment has for these records.
-    """
-
-    file: str
-    summarize: Callable[..., summary.Summary]
-    presets: tuple[str, ...] = BOTH
-
-
-MANY_CLASSES: tuple[tuple[classification.DataSet, str], ...] = (
-    ("omniglot", "cpu"),
-    ("cifar100", "paper"),
-)
-
-SECTIONS = (
-    Section("landscape.jsonl", landscape.summarize),
-    Section("burgers.jsonl", burgers.summarize),
-    *(
-        Section("dfiv.jsonl", partial(dfiv.summarize, design=design))
-        for design in get_args(dfiv.Design)
-    ),
-    Section("cifar10.jsonl", partial(classification.summarize, "cifar10", "cifar10")),
-    *(
-        Section(f"{name}.jsonl", partial(classification.summarize, command, name), (preset,))
-        for name, preset in MANY_CLASSES
-        for command in ("cifar100", "sensitivity", "algorithms", "ablations")
-    ),
-    Section("imagenet.jsonl", imagenet.summarize),
-    Section("theory.jsonl", theory.summarize),
-    Section("speed.jsonl", speed.summarize),
-    Section("numerics.jsonl", numerics.summarize),
-    Section("bfloat16.jsonl", bfloat16.summarize),
-    Section("uncertainty.jsonl", uncertainty.summarize),
-)
-
-
-def sections(runs: Path, figures: Path) -> Iterator[tuple[Records, summary.Summary]]:
+def sections(runs: Path, figures: Path) -> Iterator[tuple[Records, Summary]]:
     """All summaries that have numbers, with the records they come from."""
-    seen = []  # presets may be the same
-    for section in SECTIONS:
-        path = runs / section.file
-        if not path.exists():
-            continue
-        records = Records(path)
-        for preset in section.presets:
-            found = section.summarize(records, figures, preset=preset)
-            numbers = (found.title, found.tables)
-            if any(table.rows for table in found.tables) and numbers not in seen:
-                seen.append(numbers)
-                yield records, found
+    for experiment in discover():
+        for preset in experiment.presets:
+            path = runs / f"{experiment.records_name(preset)}.jsonl"
+            if experiment.summarize and path.exists():
+                records = Records(path)
+                found = experiment.summarize(records, figures, preset)
+                if any(table.rows for table in found.tables):
+                    yield records, found
 
 
 def made_line(records: Records) -> str:
@@ -97,28 +38,25 @@ def made_line(records: Records) -> str:
     return f"Made on {'; '.join(machines)}, with {'; '.join(versions)}, {days}."
 
 
-def verdicts(found: list[summary.Summary]) -> str:
+def verdicts(found: list[Summary]) -> str:
     """How many claims hold, by section."""
-    rows: list[tuple[str, ...]] = [
-        ("section", "hold", "do not hold here", "not decided"),
-        ("---", "---:", "---:", "---:"),
+    rows = [
+        (one.title, *(str(sum(c.holds is v for c in one.claims)) for v in (True, False, None)))
+        for one in found
     ]
-    for one in found:
-        counts = [sum(c.holds is value for c in one.claims) for value in (True, False, None)]
-        rows.append((one.title, *map(str, counts)))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown_table(("section", "hold", "do not hold here", "not decided"), rows)
 
 
 def results(runs: Path = HOME / "results", out: Path = HOME) -> None:
     """Write RESULTS.md and its figures from the records in a folder.
 
     Args:
-      runs: folder of <experiment>.jsonl files, as the commands leave them in their --out folders.
+      runs: folder of the .jsonl files that the experiments leave in their --out folders.
       out: folder of RESULTS.md; figures go to its folder `figures`.
     """
     figures = out / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    found: list[Any] = list(sections(runs, figures))
+    found = list(sections(runs, figures))
     if not found:
         raise SystemExit(f"No records in {runs}: copy the .jsonl files of --out folders there.")
     parts = [
@@ -130,7 +68,7 @@ def results(runs: Path = HOME / "results", out: Path = HOME) -> None:
         "A claim is a sentence of the paper, or a hypothesis of ours; *holds* and *does not hold "
         "here* are decided by the rule in the sentence on the numbers beside it.\n",
         verdicts([one for _, one in found]) + "\n",
-        *(f"{summary.to_markdown(one, out)}\n{made_line(records)}\n" for records, one in found),
+        *(f"{to_markdown(one, out)}\n{made_line(records)}\n" for records, one in found),
     ]
     (out / "RESULTS.md").write_text("\n".join(parts))
     Console().print(f"Wrote {out / 'RESULTS.md'}: {len(found)} sections.")

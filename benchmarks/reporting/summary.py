@@ -1,10 +1,9 @@
 """What an experiment says in the end: tables, figures, and which sentences hold here.
 
-Above `records.py`, below the experiments. An experiment turns its records into a `Summary`; the
-terminal and `RESULTS.md` show the same one.
+An experiment turns its records into a `Summary`; the terminal and RESULTS.md show the same one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,10 +67,11 @@ def verdict(claim: Claim) -> str:
     return {True: "holds", False: "does not hold here", None: "not decided"}[claim.holds]
 
 
-def show(console: Console, summary: Summary) -> None:
+def show(summary: Summary) -> None:
     """Print a summary on the terminal."""
+    console = Console(highlight=False)
     console.rule(summary.title)
-    console.print(summary.setup, highlight=False)
+    console.print(summary.setup)
     for table in summary.tables:
         shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for index, heading in enumerate(table.headings):
@@ -79,16 +79,21 @@ def show(console: Console, summary: Summary) -> None:
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
-        console.print(table.caption, highlight=False)
+        console.print(table.caption)
     for claim in summary.claims:
-        console.print(
-            f"[bold]{verdict(claim)}[/bold]: {claim.sentence}\n    {claim.evidence}",
-            highlight=False,
-        )
+        console.print(f"[bold]{verdict(claim)}[/bold]: {claim.sentence}\n    {claim.evidence}")
     if summary.reasons:
-        console.print(summary.reasons, highlight=False)
+        console.print(summary.reasons)
     for figure in summary.figures:
-        console.print(f"figure: {figure}", highlight=False)
+        console.print(f"figure: {figure}")
+
+
+def markdown_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True
+) -> str:
+    """Lines of a table; all columns but the first are numbers, set to the right."""
+    rule = ("---", *["---:" if numbers else "---"] * (len(headings) - 1))
+    return "\n".join("| " + " | ".join(line) + " |" for line in (headings, rule, *rows))
 
 
 def to_markdown(summary: Summary, folder: Path) -> str:
@@ -101,13 +106,10 @@ def to_markdown(summary: Summary, folder: Path) -> str:
     parts = [f"## {summary.title}", f"```sh\n{summary.command}\n```", summary.setup]
     parts += [f"![{summary.title}]({path.relative_to(folder)})" for path in summary.figures]
     for table in summary.tables:
-        lines = [table.headings, ("---", *["---:"] * (len(table.headings) - 1)), *table.rows]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        parts.append(f"{text}\n\n{table.caption}")
+        parts.append(f"{markdown_table(table.headings, table.rows)}\n\n{table.caption}")
     if summary.claims:
-        lines = [("claim", "here", "measured"), ("---",) * 3]
-        lines += [(c.sentence, f"**{verdict(c)}**", c.evidence) for c in summary.claims]
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+        rows = [(c.sentence, f"**{verdict(c)}**", c.evidence) for c in summary.claims]
+        parts.append(markdown_table(("claim", "here", "measured"), rows, numbers=False))
     if summary.reasons:
         parts.append(summary.reasons)
     return "\n\n".join(parts) + "\n"

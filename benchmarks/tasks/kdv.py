@@ -4,8 +4,8 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.core.comparison import Data, Problem, network
 from benchmarks.core.methods import Batch, Method
+from benchmarks.core.problem import Data, Problem, network
 from benchmarks.data import kdv
 from benchmarks.models.fno import FNO1d
 

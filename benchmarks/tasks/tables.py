@@ -3,8 +3,8 @@
 from functools import partial
 from pathlib import Path
 
-from benchmarks.core.comparison import Data, Problem, network
 from benchmarks.core.methods import Batch, Method
+from benchmarks.core.problem import Data, Problem, network
 from benchmarks.data.tables import NUM_TARGETS, TableName, load_table
 from benchmarks.models.mlp import MLP
 

@@ -1,13 +1,12 @@
-"""The search for hyperparameters: the same for every method, on the same grids.
-
-Bottom of the benchmarks: knows numbers only.
-"""
+"""Searches on grids of indices. Knows numbers only; `tuner.py` says what they stand for."""
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 Point = tuple[int, ...]
+Key = TypeVar("Key")  # a point, or what it stands for
 
 
 def search(
@@ -116,12 +115,12 @@ def descend(
     return tried
 
 
-def best_of(tried: dict[Point, float]) -> Point:
+def best_of(tried: dict[Key, float]) -> Key:
     """The point of lowest cost; the first one tried among equals."""
     return min(tried, key=lambda point: tried[point])
 
 
-def finalists(tried: dict[Point, float], number: int) -> list[Point]:
+def finalists(tried: dict[Key, float], number: int) -> list[Key]:
     """The points of lowest finite cost, best first; the best one in any case."""
     ranked = sorted(tried, key=lambda point: tried[point])
     return ranked[:1] + [point for point in ranked[1:number] if math.isfinite(tried[point])]

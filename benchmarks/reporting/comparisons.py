@@ -1,10 +1,8 @@
-"""Outcomes of a comparison as tables, figures and claims: what all its experiments share.
-
-Between `comparison.py` and the experiments.
-"""
+"""Outcomes of a comparison as tables, figures and claims: what all its experiments share."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,56 +17,49 @@ def number_table(
     outcomes: Sequence[Outcome], batch_sizes: Sequence[int], caption: str, digits: str = ".2e"
 ) -> Table:
     """Methods down, batch sizes across: mean and half the 95 % interval of the reported number."""
-    rows = []
-    for method in dict.fromkeys(outcome.method for outcome in outcomes):
-        cells = [method.optimizer, method.name]
-        for batch_size in batch_sizes:
-            found = find(outcomes, method, batch_size)
-            cells.append("" if found is None else mean_and_interval(found.final, digits))
-        rows.append(tuple(cells))
-    headings = ("optimizer", "head", *(f"B = {size}" for size in batch_sizes))
-    return Table(caption, headings, tuple(rows))
+    return _table(outcomes, batch_sizes, caption, lambda o: mean_and_interval(o.final, digits))
 
 
 def tuned_table(outcomes: Sequence[Outcome], batch_sizes: Sequence[int]) -> Table:
     """The hyperparameters behind `number_table`, and the time of a step."""
+
+    def cell(one: Outcome) -> str:
+        strength = "" if one.strength is None else f", {one.method.strength} {one.strength:g}"
+        return f"{one.rate:g}{strength} ({1e3 * one.seconds_per_step:.0f} ms)"
+
+    caption = "Best rate and second hyperparameter by validation, and median milliseconds per step."
+    return _table(outcomes, batch_sizes, caption, cell)
+
+
+def _table(
+    outcomes: Sequence[Outcome],
+    batch_sizes: Sequence[int],
+    caption: str,
+    cell: Callable[[Outcome], str],
+) -> Table:
     rows = []
     for method in dict.fromkeys(outcome.method for outcome in outcomes):
-        cells = [method.optimizer, method.name]
-        for batch_size in batch_sizes:
-            found = find(outcomes, method, batch_size)
-            if found is None:
-                cells.append("")
-                continue
-            strength = "" if found.strength is None else f", {method.strength} {found.strength:g}"
-            cells.append(f"{found.rate:g}{strength} ({1e3 * found.seconds_per_step:.0f} ms)")
-        rows.append(tuple(cells))
+        found = [find(outcomes, method, batch_size) for batch_size in batch_sizes]
+        cells = (cell(outcome) if outcome else "" for outcome in found)
+        rows.append((method.optimizer, method.name, *cells))
     headings = ("optimizer", "head", *(f"B = {size}" for size in batch_sizes))
-    caption = "Best rate and second hyperparameter by validation, and median milliseconds per step."
     return Table(caption, headings, tuple(rows))
 
 
 def curves_figure(
-    outcomes: Sequence[Outcome],
-    batch_sizes: Sequence[int],
-    path: Path,
-    *,
-    ylabel: str,
-    yscale: str,
-    label: Callable[[Method], str] = lambda method: f"{method.optimizer}, {method.name}",
-) -> Path:
-    """Test curves, one panel per batch size."""
+    outcomes: Sequence[Outcome], batch_sizes: Sequence[int], path: Path, ylabel: str, yscale: str
+) -> list[Path]:
+    """Test curves, one panel per batch size; nothing where there are no outcomes."""
     panels: dict[str, dict[str, plots.Line]] = {}
     for batch_size in batch_sizes:
         lines = {
-            label(outcome.method): plots.Line(outcome.steps, outcome.test)
-            for outcome in outcomes
-            if outcome.batch_size == batch_size
+            f"{one.method.optimizer}, {one.method.name}": plots.Line(one.steps, one.test)
+            for one in outcomes
+            if one.batch_size == batch_size
         }
         if lines:
             panels[f"batch size {batch_size}"] = lines
-    plots.panels_by_batch_size(panels, path=path, ylabel=ylabel, yscale=yscale)
-    return path
+    return plots.panels_by_batch_size(panels, path=path, ylabel=ylabel, yscale=yscale)
 
 
 def find(outcomes: Iterable[Outcome], method: Method, batch_size: int) -> Outcome | None:
@@ -79,37 +70,39 @@ def find(outcomes: Iterable[Outcome], method: Method, batch_size: int) -> Outcom
     return None
 
 
-def compare_pairs(
-    sentence: str,
-    outcomes: Sequence[Outcome],
-    batch_sizes: Sequence[int],
-    one: Method,
-    other: Method,
-    better: Callable[[Outcome, Outcome], bool],
-    digits: str = ".2e",
-) -> Claim:
-    """A claim about two methods at every one of some batch sizes.
+class Pair(NamedTuple):
+    """A sentence about two methods at every one of some batch sizes.
 
-    Args:
+    Attributes:
       sentence: what is claimed.
-      outcomes: of the comparison.
-      batch_sizes: where it is claimed.
       one: the method said to be better (or level).
       other: the method it is compared with.
       better: decides for one batch size.
-      digits: format of the numbers.
+      batch_sizes: where it is claimed; `None`: everywhere.
     """
+
+    sentence: str
+    one: Method
+    other: Method
+    better: Callable[[Outcome, Outcome], bool]
+    batch_sizes: Sequence[int] | None = None
+
+
+def decide(
+    pair: Pair, outcomes: Sequence[Outcome], batch_sizes: Sequence[int], digits: str = ".2e"
+) -> Claim:
+    """A pair as a claim, by the outcomes of a comparison at these batch sizes."""
     verdicts, evidence = [], []
-    for batch_size in batch_sizes:
-        left, right = find(outcomes, one, batch_size), find(outcomes, other, batch_size)
+    for batch_size in pair.batch_sizes or batch_sizes:
+        left, right = (find(outcomes, method, batch_size) for method in (pair.one, pair.other))
         if left is None or right is None:
-            return Claim(sentence, None, f"runs at B = {batch_size} are missing")
-        verdicts.append(better(left, right))
+            return Claim(pair.sentence, None, f"runs at B = {batch_size} are missing")
+        verdicts.append(pair.better(left, right))
         evidence.append(
             f"B = {batch_size}: {left.final.mean():{digits}} against "
             f"{right.final.mean():{digits}}{'' if verdicts[-1] else ' (no)'}"
         )
-    return Claim(sentence, all(verdicts), "; ".join(evidence))
+    return Claim(pair.sentence, all(verdicts), "; ".join(evidence))
 
 
 def lower(left: Outcome, right: Outcome) -> bool:
