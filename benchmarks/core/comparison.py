@@ -45,41 +45,24 @@ class Config(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A method at one batch size, with its best hyperparameters.
+    """A method at one batch size, with its best hyperparameters."""
 
-    Attributes:
-      method: which.
-      batch_size: samples per step.
-      rate: the best.
-      strength: the best, or None.
-      steps: of the curves.
-      validation: (seeds, steps); infinite (accuracy: 0) from divergence on.
-      test: (seeds, steps).
-      final: the number to report, one per seed.
-      seconds_per_step: median over steps and seeds.
-      tried: cost of all hyperparameters that were tried on the first seed.
-    """
-
-    method: Method
-    batch_size: int
-    rate: float
-    strength: float | None
-    steps: list[int]
-    validation: np.ndarray
-    test: np.ndarray
-    final: np.ndarray
-    seconds_per_step: float
-    tried: dict[Values, float]
+    method: Method  # which
+    batch_size: int  # samples per step
+    rate: float  # the best
+    strength: float | None  # the best, or None
+    steps: list[int]  # of the curves
+    validation: np.ndarray  # (seeds, steps); infinite (accuracy: 0) from divergence on
+    test: np.ndarray  # (seeds, steps)
+    final: np.ndarray  # the number to report, one per seed
+    seconds_per_step: float  # median over steps and seeds
+    tried: dict[Values, float]  # cost of all hyperparameters that were tried on the first seed
 
 
 class Comparison:
-    """Runs of one problem, trained or read.
+    """Runs of one problem, trained or read; all methods are tuned by one tuner (`BY_AXES`).
 
-    Args:
-      problem: what is learned.
-      runner: of its finished runs.
-      tuned_by: the tuner of all methods, by default `BY_AXES`.
-      keep: folder for what `finished` returns, if that is needed.
+    With a folder `keep`, `finished` returns the last state of a run.
     """
 
     def __init__(
@@ -117,15 +100,8 @@ class Comparison:
     ) -> Outcome:
         """The best hyperparameters by the last validation metric, then all seeds.
 
-        Args:
-          method: which.
-          batch_size: samples per step.
-          seeds: the search runs on the first, the best is run on all.
-          start: rate and strength where the search begins; by default the problem's.
-          candidates: if given, only these are tried.
-
-        Raises:
-          MissingError: if a run is missing and nothing may be trained.
+        The search runs on the first seed from `start`, by default the problem's, unless candidates
+        are given. Raises MissingError if a run is missing and nothing may be trained.
         """
 
         def cost(values: Values, seed: int) -> float:
@@ -211,12 +187,7 @@ class Comparison:
     def train(
         self, config: Config, error: Callable[[Any, State], Any] | None = None
     ) -> tuple[State, Backbone, training.Curve]:
-        """Train, whatever the records have.
-
-        Args:
-          config: what.
-          error: (measurement of a state on a batch, state) -> what the curve holds.
-        """
+        """Train, whatever the records have; the curve holds error(measurement, state)."""
         num_steps, num_points = self.num_steps(config.batch_size), self.problem.num_measurements
         step, state, network = self.prepare(config, num_steps)
         measure = self._functions(config, network)[1]
@@ -279,10 +250,7 @@ def hyper_of(config: Config, num_steps: int) -> Hyper:
 
 
 def compare(
-    comparison: Comparison,
-    rows: Iterable[Method],
-    batch_sizes: Iterable[int],
-    seeds: Sequence[int],
+    comparison: Comparison, rows: Iterable[Method], batch_sizes: Iterable[int], seeds: Sequence[int]
 ) -> list[Outcome]:
     """All methods at all batch sizes. If nothing may be trained, what lacks runs is left out."""
     outcomes = []

@@ -46,24 +46,17 @@ STRENGTH_NAMES: Mapping[str, str] = {
 
 
 class Method(NamedTuple):
-    """A row of a comparison.
+    """A row of a comparison."""
 
-    Attributes:
-      optimizer: of the backbone, and of a gradient head: a key of `OPTIMIZERS`.
-      head: how the head is found: GRADIENT, TWO_TIMESCALE, RIDGE, AVERAGE, PROXIMAL, ADAPTIVE or
-        SOFTMAX.
-      order: of backbone and head within a step, for those in closed form; AVERAGE has but Eq. (17).
-      loss: "l2", or "cross entropy" with a gradient head.
-      use_bias: whether the head has an intercept.
-      init: of the head's kernel: "zeros", "lecun", "xavier", "he", or OF_NETWORK, as the network
-        was made. `None`: zeros for closed-form heads, the paper's best; LeCun for the others.
-    """
-
-    optimizer: str
+    optimizer: str  # of the backbone, and of a gradient head: a key of `OPTIMIZERS`
+    # How the head is found: GRADIENT, TWO_TIMESCALE, RIDGE, AVERAGE, PROXIMAL, ADAPTIVE or SOFTMAX.
     head: str
+    # Of backbone and head within a step, for those in closed form; AVERAGE has but Eq. (17).
     order: str = ""
-    loss: str = "l2"
-    use_bias: bool = True
+    loss: str = "l2"  # "l2", or "cross entropy" with a gradient head
+    use_bias: bool = True  # whether the head has an intercept
+    # Of the head's kernel: "zeros", "lecun", "xavier", "he", or OF_NETWORK, as the network was
+    # made. `None`: zeros for closed-form heads, the paper's best; LeCun for the others.
     init: str | None = None
 
     @property
@@ -82,44 +75,28 @@ class Method(NamedTuple):
 
 
 class Hyper(NamedTuple):
-    """What is tuned. Traced: one compiled step serves all values.
+    """What is tuned. Traced: one compiled step serves all values."""
 
-    Attributes:
-      rate: learning rate at the first step; it decays to zero on a cosine.
-      strength: `lam`, `beta` (on a *sum* over samples) or the ratio of the head's rate to the
-        backbone's; ignored by methods without one.
-      num_steps: of the whole run, for the decay.
-    """
-
-    rate: jax.typing.ArrayLike
+    rate: jax.typing.ArrayLike  # learning rate at the first step; it decays to zero on a cosine
+    # `lam`, `beta` (on a *sum* over samples) or the ratio of the head's rate to the backbone's;
+    # ignored by methods without one.
     strength: jax.typing.ArrayLike
-    num_steps: jax.typing.ArrayLike
+    num_steps: jax.typing.ArrayLike  # of the whole run, for the decay
 
 
 class State(NamedTuple):
-    """What a step carries.
+    """What a step carries."""
 
-    Attributes:
-      params: of backbone and head.
-      stats: running statistics of the network, or an empty dictionary.
-      opt_state: of the optimizer.
-    """
-
-    params: Any
-    stats: Any
-    opt_state: Any
+    params: Any  # of backbone and head
+    stats: Any  # running statistics of the network, or an empty dictionary
+    opt_state: Any  # of the optimizer
 
 
 class Batch(NamedTuple):
-    """Samples of one step.
+    """Samples of one step."""
 
-    Attributes:
-      inputs: (n, ...).
-      targets: (n, ..., o), one-hot for classification.
-    """
-
-    inputs: Any
-    targets: Any
+    inputs: Any  # (n, ...)
+    targets: Any  # (n, ..., o), one-hot for classification
 
 
 INITIALIZERS: Mapping[str, jax.nn.initializers.Initializer] = {
@@ -131,15 +108,7 @@ INITIALIZERS: Mapping[str, jax.nn.initializers.Initializer] = {
 
 
 def init(method: Method, hyper: Hyper, params: Any, stats: Any, seed: int) -> State:
-    """The first state of a run.
-
-    Args:
-      method: which.
-      hyper: its hyperparameters.
-      params: of the network; the head's are replaced.
-      stats: of the network.
-      seed: of the head's initialization.
-    """
+    """The first state of a run; the head's parameters are replaced, by a seed of their own."""
     shape = params[HEAD]["kernel"].shape
     name = method.init or ("lecun" if method.head in (GRADIENT, TWO_TIMESCALE) else "zeros")
     if name != OF_NETWORK:
@@ -169,18 +138,9 @@ def rule_of(method: Method, hyper: Hyper) -> cfll.Rule:
 def step(
     method: Method, apply: ApplyFn, hyper: Hyper, state: State, batch: Batch, following: Batch
 ) -> tuple[State, jax.Array]:
-    """One step of a method. Jit it with the first two arguments fixed.
+    """One step of a method: the next state and the loss. Jit it with the first two arguments fixed.
 
-    Args:
-      method: which.
-      apply: (params, stats, inputs, train) -> (features, stats).
-      hyper: hyperparameters.
-      state: of the run.
-      batch: to learn from.
-      following: the next batch, which Algorithm 2 solves the head on; others ignore it.
-
-    Returns:
-      The next state and the loss of the batch.
+    `following` is the next batch, which Algorithm 2 solves the head on; others ignore it.
     """
     tx = transformation(method, hyper)
     solve_first = method.head == AVERAGE or method.order == EQUATION_17

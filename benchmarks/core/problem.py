@@ -13,46 +13,32 @@ from cfll.networks import Backbone
 
 
 class Data(NamedTuple):
-    """Arrays: inputs (n, ...) and targets (n, ..., o).
+    """Arrays: inputs (n, ...) and targets (n, ..., o)."""
 
-    Attributes:
-      train: to learn from.
-      validation: to choose hyperparameters by.
-      test: for the curves; `None`: there are none.
-      final: for the reported number; `None`: it is the last one of the test curve.
-      scale: multiplies mean squared errors into their unit.
-    """
-
-    train: Batch
-    validation: Batch
-    test: Batch | None = None
+    train: Batch  # to learn from
+    validation: Batch  # to choose hyperparameters by
+    test: Batch | None = None  # for the curves; `None`: there are none
+    # For the reported number; `None`: it is the last one of the test curve.
     final: Batch | None = None
-    scale: float = 1.0
+    scale: float = 1.0  # multiplies mean squared errors into their unit
 
 
 class Problem(NamedTuple):
-    """What is learned.
+    """What is learned."""
 
-    Attributes:
-      settings: all that determines a result besides method, hyperparameters, batch size and seed;
-        part of the key of every run.
-      epochs: batch size -> passes over the training data.
-      load: makes or reads the data; called only if something is to be trained.
-      network: (seed, first inputs) -> the network, head included; its parameters as a `Backbone`.
-      metric: "MSE" or "accuracy": what the curves show, and by its sign what is better.
-      start: method -> first rate and strength to try.
-      augment: (batch, generator) -> batch, or None.
-      num_measurements: points of a curve.
-    """
-
+    # All that determines a result besides method, hyperparameters, batch size and seed; part of the
+    # key of every run.
     settings: Mapping[str, Any]
-    epochs: Callable[[int], int]
-    load: Callable[[], Data]
+    epochs: Callable[[int], int]  # batch size -> passes over the training data
+    load: Callable[[], Data]  # makes or reads the data; called only if something is to be trained
+    # (seed, first inputs) -> the network, head included; its parameters as a `Backbone`
     network: Callable[[int, Any], Backbone]
-    metric: str
+    metric: str  # "MSE" or "accuracy": what the curves show, and by its sign what is better
+    # Method -> first rate and strength to try.
     start: Callable[[Method], tuple[float, float | None]]
+    # (batch, generator) -> batch, or None.
     augment: Callable[[Batch, np.random.Generator], Batch] | None = None
-    num_measurements: int = 20
+    num_measurements: int = 20  # points of a curve
 
     @property
     def sign(self) -> int:
@@ -66,12 +52,6 @@ class Problem(NamedTuple):
 
 
 def network(model: Any, seed: int, inputs: Any) -> Backbone:
-    """A linen module with a head as a backbone that keeps the head's parameters.
-
-    Args:
-      model: has a method `features` and a dense layer `head`.
-      seed: of its initialization.
-      inputs: sets the shapes.
-    """
+    """A linen module (method `features`, dense layer `head`) as a backbone that keeps its head."""
     variables = model.init(jax.random.key(seed), np.asarray(inputs, np.float32))
     return cfll.flax.backbone(model, variables, method="features")

@@ -16,9 +16,7 @@ from rich.progress import (
 class SweepProgress:
     """Two bars, all runs and the current one; a context manager.
 
-    Args:
-      console: where to draw. Lines of finished runs also appear where bars cannot be drawn.
-      num_runs: the planned number of runs.
+    Lines of finished runs also appear where bars cannot be drawn.
     """
 
     def __init__(self, console: Console, num_runs: int):

@@ -26,11 +26,7 @@ Record = dict[str, Any]
 class Records:
     """An append-only file of JSON lines {"key": ..., "result": ..., "made": ...}, read once.
 
-    Args:
-      path: the .jsonl file; made, with its folder, by the first `add`.
-
-    Attributes:
-      made: the machines and versions that the lines were made with, without repetition.
+    `made` has the machines and versions of all lines. The first `add` makes file and folder.
     """
 
     def __init__(self, path: Path):

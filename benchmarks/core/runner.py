@@ -21,13 +21,7 @@ class MissingError(Exception):
 
 
 class Runner:
-    """Finished runs, and the means to make what is missing.
-
-    Args:
-      records: finished runs; new ones are added.
-      progress: told about every run; by default nobody is.
-      make: whether missing runs may be made.
-    """
+    """Finished runs, and the means to make what is missing, if that is allowed."""
 
     def __init__(
         self, records: Records, progress: SweepProgress | None = None, *, make: bool = True
@@ -42,16 +36,10 @@ class Runner:
         label: str = "",
         says: Callable[[Record], str] = lambda record: "",
     ) -> Record:
-        """The record of a key.
+        """The record of a key, which is all that determines it; it `says` in a word what it found.
 
-        Args:
-          key: all that determines the record.
-          make: makes it; may call `progress.start` with its number of steps, and `progress.step`.
-          label: of the run, for who waits; without one no line is printed.
-          says: the record in a word or two.
-
-        Raises:
-          MissingError: if it is not there and nothing may be made.
+        `make` may call `progress.start` with its number of steps, and `progress.step`. Without a
+        label no line is printed. Raises MissingError if nothing may be made.
         """
         record, note = self.records.get(key), "from disk"
         if record is None:
@@ -68,13 +56,7 @@ class Runner:
 
 @contextmanager
 def running(out: Path, name: str, num_runs: int) -> Iterator[Runner]:
-    """What a command runs in: records in a folder, a progress bar, and the time it took.
-
-    Args:
-      out: the folder.
-      name: of the records' file, without ending.
-      num_runs: about; what the progress bar expects.
-    """
+    """What a command runs in: records <name>.jsonl in a folder, a progress bar, the time."""
     console, start = Console(), time.perf_counter()
     with SweepProgress(console, num_runs) as progress:
         yield Runner(Records(out / f"{name}.jsonl"), progress)

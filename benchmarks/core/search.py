@@ -21,18 +21,9 @@ def search(
     Two hyperparameters trade off along a ridge (a rate and a penalty do), which steps along one
     axis after the other cannot follow. So the moves from the best point are all neighbours, both
     diagonals among them, and then those of a knight in chess; which comes first is guessed from the
-    points that were tried.
-
-    Args:
-      cost: what to minimize; infinite where a run diverged. Called once per point.
-      start: the middle of the coarse grid, of three points along each axis. If all of them are
-        infinite, the search walks down the first axis (smaller rates) from there.
-      sizes: number of grid points along each axis.
-      at_most: number of points, after which the search ends wherever it is.
-      stride: of the coarse grid.
-
-    Returns:
-      Cost of every point that was tried.
+    points that were tried. The start is the middle of the coarse grid, of three points along each
+    axis; if all of them are infinite, which is to say diverged, the search walks down the first
+    axis (smaller rates). It ends after `at_most` points. Returns the cost of every point tried.
     """
     tried: dict[Point, float] = {}
 
@@ -72,21 +63,12 @@ def expected_rank(point: Point, tried: dict[Point, float]) -> float:
 def descend(
     cost: Callable[[Point], float], start: Point, sizes: Sequence[int], at_most: int = 40
 ) -> dict[Point, float]:
-    """Coordinate search on a grid of indices.
+    """Coordinate search on a grid of indices: the cost of every point that was tried.
 
     From a start of infinite cost, walk down the first axis (smaller rates) until it is finite.
     Then, along one axis after the other, walk downhill until the best point lies between two worse
     ones or at the end of the grid; stop when a whole round has changed nothing. For a cost with one
     valley along each axis this finds the grid's minimum at a fraction of its runs.
-
-    Args:
-      cost: what to minimize; infinite where a run diverged. Called once per point.
-      start: where to begin.
-      sizes: number of grid points along each axis.
-      at_most: number of points, after which the search ends wherever it is.
-
-    Returns:
-      Cost of every point that was tried.
     """
     tried: dict[Point, float] = {}
 

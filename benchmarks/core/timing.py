@@ -10,12 +10,7 @@ from benchmarks.core.comparison import Comparison, Config
 
 
 def interleaved(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate, one number per round.
-
-    Args:
-      candidates: name -> what to time; its arrays are waited for.
-      rounds: after two that warm up: the first compiles, the second may once more.
-    """
+    """Seconds of each candidate per round, after two that compile and warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for count in range(rounds + 2):
         for name, run in candidates.items():

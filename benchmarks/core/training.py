@@ -16,17 +16,11 @@ Batch = tuple[np.ndarray, np.ndarray]
 
 
 class Curve(NamedTuple):
-    """What a run leaves behind besides its state.
+    """What a run leaves behind besides its state."""
 
-    Attributes:
-      steps: after how many steps the error was measured.
-      errors: what was measured; `math.inf` from divergence on.
-      seconds_per_step: median over the run, compilation excluded.
-    """
-
-    steps: list[int]
-    errors: list[Any]
-    seconds_per_step: float
+    steps: list[int]  # after how many steps the error was measured
+    errors: list[Any]  # what was measured; `math.inf` from divergence on
+    seconds_per_step: float  # median over the run, compilation excluded
 
 
 def batches(
@@ -50,18 +44,11 @@ def train(
     measure_at: set[int],
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> tuple[Any, Curve]:
-    """Train until the data end or the loss is not finite.
+    """Train until the data end or the loss is not finite: the last state and the curve.
 
-    Args:
-      step: (state, *item) -> (state, loss), jitted.
-      state: what the step carries; only `step` and `error` look inside.
-      data: the items, usually inputs and targets of a batch.
-      error: measures a state, a number or several; called after the steps in `measure_at`.
-      measure_at: numbers of steps.
-      on_step: told the loss after every step.
-
-    Returns:
-      The last state and the curve. A run that diverged has infinite errors from there on.
+    step: (state, *item) -> (state, loss), jitted; data yields the items. `error` measures a state
+    after the steps in `measure_at`, a number or several; infinite from divergence on. Only these
+    two look inside the state.
     """
     errors: dict[int, Any] = dict.fromkeys(sorted(measure_at), math.inf)
     seconds = []
@@ -85,14 +72,9 @@ def train(
 def measurement(
     metric: str, outputs: Callable[[Any, Any], jax.Array]
 ) -> Callable[[Any, tuple[Any, Any]], float]:
-    """The evaluator: mean squared error over samples and outputs, or accuracy, in chunks.
+    """The evaluator, (state, (inputs, targets)) -> mean squared error or accuracy, in chunks.
 
-    Args:
-      metric: "MSE" or "accuracy".
-      outputs: (state, inputs) -> predictions of the targets' shape.
-
-    Returns:
-      (state, (inputs, targets)) -> a number.
+    The mean is over samples and outputs; outputs: (state, inputs) -> predictions.
     """
 
     @jax.jit

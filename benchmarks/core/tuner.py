@@ -25,21 +25,14 @@ class Tuned(NamedTuple):
 
 
 class Tuner(NamedTuple):
-    """How hyperparameters are found.
+    """How hyperparameters are found."""
 
-    Attributes:
-      search: (cost, start, sizes) -> cost of every point that was tried; see `search.py`.
-      rates: the grid of learning rates.
-      strengths: the grids of second hyperparameters, by name.
-      num_finalists: how many of the best on the first seed run on further seeds.
-      num_seeds: how many seeds then decide.
-    """
-
+    # (cost, start, sizes) -> cost of every point that was tried; see `search.py`
     search: Callable[..., dict[Point, float]]
-    rates: Sequence[float]
-    strengths: Mapping[str, Sequence[float]]
-    num_finalists: int = 1
-    num_seeds: int = 1
+    rates: Sequence[float]  # the grid of learning rates
+    strengths: Mapping[str, Sequence[float]]  # the grids of second hyperparameters, by name
+    num_finalists: int = 1  # how many of the best on the first seed run on further seeds
+    num_seeds: int = 1  # how many seeds then decide
 
     def axes(self, *names: str | None) -> list[Sequence[float]]:
         """The grids of the rate and of these hyperparameters, if there are any."""

@@ -15,20 +15,15 @@ from benchmarks.reporting.summary import Summary
 
 
 class Experiment(NamedTuple):
-    """One experiment; its file has a tuple `EXPERIMENTS` of them, mostly of one.
+    """One experiment; its file has a tuple `EXPERIMENTS` of them, mostly of one."""
 
-    Attributes:
-      run: the command; its name, arguments and docstring are those of the command line.
-      summarize: (finished runs, folder for figures, preset) -> what they say; `None`: no section.
-      place: of the section in RESULTS.md, and of the command in the help: ascending.
-      presets: of which finished runs may be; a section each.
-      file: preset -> name of the file of finished runs; by default that of the command.
-    """
-
+    # The command; its name, arguments and docstring are those of the command line.
     run: Callable[..., None]
+    # (finished runs, folder for figures, preset) -> what they say; `None`: no section.
     summarize: Callable[[Records, Path, str], Summary] | None
-    place: int
-    presets: tuple[str, ...] = ("cpu",)
+    place: int  # of the section in RESULTS.md, and of the command in the help: ascending
+    presets: tuple[str, ...] = ("cpu",)  # of which finished runs may be; a section each
+    # Preset -> name of the file of finished runs; by default that of the command.
     file: Callable[[str], str] | None = None
 
     @property

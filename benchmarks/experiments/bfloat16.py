@@ -37,22 +37,14 @@ SINGLE, HALF = PRECISIONS = get_args(Precision)
 
 
 class Settings(NamedTuple):
-    """What is trained.
+    """What is trained."""
 
-    Attributes:
-      epochs: passes over the training functions.
-      batch_size: functions per step.
-      lam: the proximal coefficient.
-      num_seeds: of initialization and shuffling.
-      model: the network.
-      rates: (optimizer, head) -> learning rate: the best ones of `quickstart --repeats 3`.
-    """
-
-    epochs: int = 10
-    batch_size: int = 32
-    lam: float = 10.0
-    num_seeds: int = 5
-    model: FNO1d = FNO1d()
+    epochs: int = 10  # passes over the training functions
+    batch_size: int = 32  # functions per step
+    lam: float = 10.0  # the proximal coefficient
+    num_seeds: int = 5  # of initialization and shuffling
+    model: FNO1d = FNO1d()  # the network
+    # (optimizer, head) -> learning rate: the best ones of `quickstart --repeats 3`
     rates: tuple[tuple[str, str, float], ...] = (
         ("SGD", GRADIENT, 0.035),
         ("SGD", PROXIMAL, 0.14),
@@ -149,17 +141,12 @@ def measurements(problem: Problem) -> Measured:
 
 
 class Errors(NamedTuple):
-    """One method.
+    """One method."""
 
-    Attributes:
-      method: which.
-      errors: (trained in, measured in) -> test errors, one per seed.
-      terms: sum over the features of squared weight times second moment, in float32, mean.
-    """
-
-    method: Method
+    method: Method  # which
+    # (trained in, measured in) -> test errors, one per seed.
     errors: dict[tuple[str, str], np.ndarray]
-    terms: float
+    terms: float  # sum over the features of squared weight times second moment, in float32, mean
 
     def mean(self, trained: Precision, measured: Precision) -> float:
         """Over the seeds."""

@@ -138,10 +138,7 @@ def summary_of(outcomes: list[Outcome], size: Size, figures: Path, preset: str) 
         title="Figure 2: Burgers' equation",
         command=f"python -m benchmarks burgers --preset {preset}",
         setup=setup,
-        tables=(
-            number_table(outcomes, batch_sizes, caption),
-            tuned_table(outcomes, batch_sizes),
-        ),
+        tables=(number_table(outcomes, batch_sizes, caption), tuned_table(outcomes, batch_sizes)),
         claims=[decide(pair, outcomes, batch_sizes) for pair in pairs],
         figures=drawn,
     )

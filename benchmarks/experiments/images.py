@@ -40,14 +40,9 @@ Answer = Callable[[Comparison, DataSet, Size, Path], Summary]
 def image_experiment(
     name: str, question: str, answer: Answer, num_rows: int, place: int
 ) -> Experiment:
-    """An experiment on images.
+    """An experiment on images: "cifar10" is about CIFAR-10, all others about many classes.
 
-    Args:
-      name: of the command; "cifar10" is about CIFAR-10, all others about many classes.
-      question: the first line of its help.
-      answer: trains and summarizes.
-      num_rows: methods per batch size.
-      place: in RESULTS.md.
+    The question is the first line of its help; `num_rows` are methods per batch size.
     """
 
     def data_set(preset: str) -> DataSet:

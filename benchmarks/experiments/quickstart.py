@@ -68,19 +68,12 @@ EXPLANATION = "\n".join(  # a line each: the terminal wraps them where it ends
 
 
 class Result(NamedTuple):
-    """A row at its best rate.
+    """A row at its best rate."""
 
-    Attributes:
-      head: its name in the table.
-      outcome: of its runs.
-      half: of runs of half the length at that rate, or None; see `result_of`.
-      test_errors: one per seed.
-    """
-
-    head: str
-    outcome: Outcome
-    half: Outcome | None
-    test_errors: list[float]
+    head: str  # its name in the table
+    outcome: Outcome  # of its runs
+    half: Outcome | None  # of runs of half the length at that rate, or None; see `result_of`
+    test_errors: list[float]  # one per seed
 
     @property
     def optimizer(self) -> str:

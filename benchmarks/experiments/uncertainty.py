@@ -35,26 +35,18 @@ WITHIN = 1.6448536  # standard deviations of a normal that hold 90 %
 
 
 class Settings(NamedTuple):
-    """What is trained and timed.
+    """What is trained and timed."""
 
-    Attributes:
-      epochs: table -> passes over the training rows, about 5000 steps.
-      batch_size, rate, lam, hidden: of the network; Adam, cosine decay.
-      num_features: d.
-      num_members: of the ensemble.
-      num_seeds: of split, initialization and shuffling.
-      timed: numbers of features.
-    """
-
+    # Table -> passes over the training rows, about 5000 steps.
     epochs: tuple[tuple[TableName, int], ...] = (("california", 20), ("rf1", 60))
-    batch_size: int = 256
+    batch_size: int = 256  # batch_size, rate, lam, hidden: of the network; Adam, cosine decay
     rate: float = 1e-3
     lam: float = 10.0
     hidden: int = 256
-    num_features: int = 512
-    num_members: int = 5
-    num_seeds: int = 3
-    timed: tuple[int, ...] = (512, 2048)
+    num_features: int = 512  # d
+    num_members: int = 5  # of the ensemble
+    num_seeds: int = 3  # of split, initialization and shuffling
+    timed: tuple[int, ...] = (512, 2048)  # numbers of features
 
 
 SETTINGS = Settings()
@@ -62,17 +54,11 @@ Prediction = tuple[Any, Any]  # mean and variance, (n, o)
 
 
 class Trained(NamedTuple):
-    """A network after training.
+    """A network after training."""
 
-    Attributes:
-      features_of: inputs (n, columns) -> features (n, d).
-      head: of its last step.
-      noise: variance of its training residuals, (o,).
-    """
-
-    features_of: Callable[[Any], jax.Array]
-    head: cfll.LinearHead
-    noise: np.ndarray
+    features_of: Callable[[Any], jax.Array]  # inputs (n, columns) -> features (n, d)
+    head: cfll.LinearHead  # of its last step
+    noise: np.ndarray  # variance of its training residuals, (o,)
 
 
 def train(settings: Settings, rows: Rows, epochs: int, seeds: Iterable[int]) -> list[Trained]:

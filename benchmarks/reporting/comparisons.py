@@ -71,21 +71,13 @@ def find(outcomes: Iterable[Outcome], method: Method, batch_size: int) -> Outcom
 
 
 class Pair(NamedTuple):
-    """A sentence about two methods at every one of some batch sizes.
+    """A sentence about two methods at every one of some batch sizes."""
 
-    Attributes:
-      sentence: what is claimed.
-      one: the method said to be better (or level).
-      other: the method it is compared with.
-      better: decides for one batch size.
-      batch_sizes: where it is claimed; `None`: everywhere.
-    """
-
-    sentence: str
-    one: Method
-    other: Method
-    better: Callable[[Outcome, Outcome], bool]
-    batch_sizes: Sequence[int] | None = None
+    sentence: str  # what is claimed
+    one: Method  # the method said to be better (or level)
+    other: Method  # the method it is compared with
+    better: Callable[[Outcome, Outcome], bool]  # decides for one batch size
+    batch_sizes: Sequence[int] | None = None  # where it is claimed; `None`: everywhere
 
 
 def decide(

@@ -5,13 +5,9 @@ from scipy.special import stdtrit
 
 
 def half_interval(values: np.ndarray) -> np.ndarray:
-    """Half the width of the 95 % interval of a mean, by Student's t.
+    """Half the width of the 95 % interval of the mean over the first axis, by Student's t.
 
-    Args:
-      values: independent runs along the first axis, (runs, ...).
-
-    Returns:
-      One number per mean, shape (...); NaN for fewer than two runs.
+    NaN for fewer than two runs.
     """
     runs = len(values)
     if runs < 2:

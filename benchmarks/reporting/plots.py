@@ -3,7 +3,8 @@
 Lines differ by dash as well as by color, so that prints in grey can be read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,21 +35,26 @@ STYLE: Any = {
 }
 
 
+@contextmanager
+def subplots(path: Path, *shape: int, **options: Any) -> Iterator[Any]:
+    """The axes of `plt.subplots` in our style; the figure is saved in the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(*shape, layout="constrained", **options)
+        yield axes
+        figure.savefig(path)
+        plt.close(figure)
+
+
 def learning_curves(
     panels: Mapping[str, Mapping[str, tuple[list[int], np.ndarray]]], *, path: Path, baseline: str
 ) -> None:
     """Validation error against steps, one panel per optimizer.
 
-    Args:
-      panels: optimizer -> head -> (steps, errors of shape (seeds, steps)). Lines are means over
-        seeds, shades span them.
-      path: the .png to write.
-      baseline: the head whose final error is marked by a thin line.
+    panels: optimizer -> head -> (steps, errors of shape (seeds, steps)). Lines are means over
+    seeds, shades span them; a thin line marks the final error of the baseline.
     """
-    with mpl.rc_context(STYLE):
-        figure, grid = plt.subplots(
-            1, len(panels), figsize=(10.5, 3.8), sharey=True, squeeze=False, layout="constrained"
-        )
+    with subplots(path, 1, len(panels), figsize=(10.5, 3.8), sharey=True, squeeze=False) as grid:
         labels = dict.fromkeys(label for curves in panels.values() for label in curves)
         styles = dict(zip(labels, LINES, strict=False))
         legend = {}
@@ -64,11 +70,9 @@ def learning_curves(
             axes.set(title=title, xlabel="training steps", yscale="log")
             axes.set_xlim(left=0)
         grid[0, 0].set_ylabel("validation MSE (units of u²)")
-        figure.legend(
+        grid[0, 0].figure.legend(
             legend.values(), legend.keys(), loc="outside upper center", ncols=3, title="head"
         )
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def prediction(
@@ -80,20 +84,11 @@ def prediction(
     path: Path,
     title: str,
 ) -> None:
-    """One solution and its predictions, and below them the errors.
-
-    Args:
-      x: grid in radians.
-      initial: the state at t = 0, on the grid.
-      truth: the state at t = 1.
-      predictions: name -> prediction of the truth.
-      path: the .png to write.
-      title: above the figure.
-    """
-    with mpl.rc_context(STYLE):
-        figure, (above, below) = plt.subplots(
-            2, 1, figsize=(8, 5.5), sharex=True, height_ratios=(3, 2), layout="constrained"
-        )
+    """One solution on a grid x in radians and its predictions, and below them the errors."""
+    with subplots(path, 2, 1, figsize=(8, 5.5), sharex=True, height_ratios=(3, 2)) as (
+        above,
+        below,
+    ):
         above.plot(x, initial, color="0.6", linewidth=1, label="initial state, t = 0")
         above.plot(x, truth, color="0.8", linewidth=6, label="solution, t = 1")
         for line, (name, values) in zip(LINES, predictions.items(), strict=False):
@@ -105,22 +100,14 @@ def prediction(
         below.set(xlabel="x (radians)", ylabel="error of u at t = 1", xlim=(x[0], x[-1]))
         below.set_ylim(top=below.get_ylim()[1] * 1.4)  # room for the legend
         below.legend(ncols=len(predictions), loc="upper right")
-        figure.savefig(path)
-        plt.close(figure)
 
 
 class Line(NamedTuple):
-    """A curve of several runs.
+    """A curve of several runs."""
 
-    Attributes:
-      x: (points,).
-      runs: (runs, points).
-      style: of the line, one of `LINES` unless given.
-    """
-
-    x: Sequence[float]
-    runs: np.ndarray
-    style: Mapping[str, Any] | None = None
+    x: Sequence[float]  # (points,)
+    runs: np.ndarray  # (runs, points)
+    style: Mapping[str, Any] | None = None  # of the line, one of `LINES` unless given
 
 
 def panels_by_batch_size(
@@ -136,37 +123,18 @@ def panels_by_batch_size(
     """The paper's figures: one column per batch size, one line per method.
 
     Lines are means over the runs, shades their 95 % confidence intervals, both smoothed over a
-    rolling window.
-
-    Args:
-      panels: title of the column -> label -> curve. Labels keep their style in all columns.
-      path: the .png to write.
-      ylabel: with its unit.
-      xlabel: the same for all columns.
-      yscale: "linear" or "log".
-      xscale: "linear" or "log".
-      window: number of points of the rolling average; 1 for none.
-
-    Returns:
-      The path; nothing if there are no panels.
+    rolling window. Labels keep their style in all columns.
     """
     if not panels:
         return []
-    path.parent.mkdir(parents=True, exist_ok=True)
     labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
     styles = {label: style_of(index) for index, label in enumerate(labels)}
     width = max(5.0, 3.3 * len(panels))
     columns = max(1, int(width / 2.6))  # of the legend
     rows = -(-len(labels) // columns)
-    with mpl.rc_context(STYLE):
-        figure, grid = plt.subplots(
-            1,
-            len(panels),
-            figsize=(width, 3.6 + 0.25 * rows),
-            sharey=True,
-            squeeze=False,
-            layout="constrained",
-        )
+    with subplots(
+        path, 1, len(panels), figsize=(width, 3.6 + 0.25 * rows), sharey=True, squeeze=False
+    ) as grid:
         legend = {}
         for axes, (title, curves) in zip(grid[0], panels.items(), strict=True):
             for label, line in curves.items():
@@ -182,9 +150,9 @@ def panels_by_batch_size(
                     axes.fill_between(line.x, low, high, color=style["color"], alpha=0.12, lw=0)
             axes.set(title=title, xlabel=xlabel, yscale=yscale, xscale=xscale)
         grid[0, 0].set_ylabel(ylabel)
-        figure.legend(legend.values(), legend.keys(), loc="outside upper center", ncols=columns)
-        figure.savefig(path)
-        plt.close(figure)
+        grid[0, 0].figure.legend(
+            legend.values(), legend.keys(), loc="outside upper center", ncols=columns
+        )
     return [path]
 
 

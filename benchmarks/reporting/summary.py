@@ -13,53 +13,31 @@ from rich.table import Table as RichTable
 
 
 class Claim(NamedTuple):
-    """A sentence that can be wrong, and what was measured.
+    """A sentence that can be wrong, and what was measured."""
 
-    Attributes:
-      sentence: in the words of the paper, or of the hypothesis, with its place.
-      holds: here; `None` if the runs that would decide are missing.
-      evidence: the figures that decide, in one sentence, with units.
-    """
-
-    sentence: str
-    holds: bool | None
-    evidence: str
+    sentence: str  # in the words of the paper, or of the hypothesis, with its place
+    holds: bool | None  # here; `None` if the runs that would decide are missing
+    evidence: str  # the figures that decide, in one sentence, with units
 
 
 class Table(NamedTuple):
-    """Cells as they are printed.
+    """Cells as they are printed."""
 
-    Attributes:
-      caption: what is in it, with units.
-      headings: one per column.
-      rows: the cells, left to right.
-    """
-
-    caption: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    caption: str  # what is in it, with units
+    headings: tuple[str, ...]  # one per column
+    rows: tuple[tuple[str, ...], ...]  # the cells, left to right
 
 
 class Summary(NamedTuple):
-    """What an experiment found.
+    """What an experiment found."""
 
-    Attributes:
-      title: with the number of the paper's figure.
-      command: what was typed.
-      setup: data, sizes, tuning and everything that differs from the paper, in Markdown.
-      tables: the numbers.
-      claims: what they say.
-      figures: the pictures, as paths.
-      reasons: why claims do not hold, as far as it was found out, in Markdown.
-    """
-
-    title: str
-    command: str
-    setup: str
-    tables: Sequence[Table]
-    claims: Sequence[Claim]
-    figures: Sequence[Path]
-    reasons: str = ""
+    title: str  # with the number of the paper's figure
+    command: str  # what was typed
+    setup: str  # data, sizes, tuning and everything that differs from the paper, in Markdown
+    tables: Sequence[Table]  # the numbers
+    claims: Sequence[Claim]  # what they say
+    figures: Sequence[Path]  # the pictures, as paths
+    reasons: str = ""  # why claims do not hold, as far as it was found out, in Markdown
 
 
 def verdict(claim: Claim) -> str:
@@ -97,12 +75,7 @@ def markdown_table(
 
 
 def to_markdown(summary: Summary, folder: Path) -> str:
-    """A section of RESULTS.md.
-
-    Args:
-      summary: what to write.
-      folder: where RESULTS.md lies; the figures must lie below it.
-    """
+    """A section of RESULTS.md, which lies in this folder and the figures below it."""
     parts = [f"## {summary.title}", f"```sh\n{summary.command}\n```", summary.setup]
     parts += [f"![{summary.title}]({path.relative_to(folder)})" for path in summary.figures]
     for table in summary.tables:

@@ -8,15 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from benchmarks.core.methods import (
-    AVERAGE,
-    GRADIENT,
-    PROXIMAL,
-    RIDGE,
-    TWO_TIMESCALE,
-    Batch,
-    Method,
-)
+from benchmarks.core.methods import AVERAGE, GRADIENT, PROXIMAL, RIDGE, TWO_TIMESCALE, Batch, Method
 from benchmarks.core.problem import Data, Problem, network
 from benchmarks.data import burgers as data
 from benchmarks.models.fno import FNO1d
@@ -26,19 +18,12 @@ Preset = Literal["cpu", "paper"]
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What a preset means.
+    """What a preset means."""
 
-    Attributes:
-      epochs: passes over the training functions.
-      batch_sizes: functions per step; the head sees 256 times as many samples.
-      seeds: of initialization and shuffling; the search runs on the first.
-      model: the network.
-    """
-
-    epochs: int
-    batch_sizes: tuple[int, ...]
-    seeds: tuple[int, ...]
-    model: FNO1d
+    epochs: int  # passes over the training functions
+    batch_sizes: tuple[int, ...]  # functions per step; the head sees 256 times as many samples
+    seeds: tuple[int, ...]  # of initialization and shuffling; the search runs on the first
+    model: FNO1d  # the network
 
 
 SIZES: dict[str, Size] = {
@@ -85,10 +70,7 @@ def load(folder: Path, mat: Path | None) -> Data:
 def make_problem(size: Size, folder: Path, mat: Path | None = None) -> Problem:
     """Burgers' equation as a `Problem`; errors in units of u squared.
 
-    Args:
-      size: of a preset.
-      folder: of generated data.
-      mat: burgers_data_R10.mat of the FNO paper, in the place of generated data.
+    Data are generated in the folder, or those of the FNO paper's burgers_data_R10.mat.
     """
     return Problem(
         settings={

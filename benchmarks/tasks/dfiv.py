@@ -20,21 +20,13 @@ Design = Literal["dsprites", "demand"]
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What a preset means.
+    """What a preset means."""
 
-    Attributes:
-      num_train: observations; both stages draw their batches from all of them.
-      rounds: of 20 stage-1 updates and one stage-2 update.
-      batch_sizes: of both stages.
-      seeds: of data, initialization and batches; the search runs on the first.
-      width_factor: scales the hidden widths of the published networks.
-    """
-
-    num_train: int
-    rounds: int
-    batch_sizes: tuple[int, ...]
-    seeds: tuple[int, ...]
-    width_factor: float
+    num_train: int  # observations; both stages draw their batches from all of them
+    rounds: int  # of 20 stage-1 updates and one stage-2 update
+    batch_sizes: tuple[int, ...]  # of both stages
+    seeds: tuple[int, ...]  # of data, initialization and batches; the search runs on the first
+    width_factor: float  # scales the hidden widths of the published networks
 
 
 SIZES: dict[tuple[str, str], Size] = {

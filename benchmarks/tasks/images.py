@@ -12,15 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.core.methods import (
-    AVERAGE,
-    GRADIENT,
-    PROXIMAL,
-    RIDGE,
-    TWO_TIMESCALE,
-    Batch,
-    Method,
-)
+from benchmarks.core.methods import AVERAGE, GRADIENT, PROXIMAL, RIDGE, TWO_TIMESCALE, Batch, Method
 from benchmarks.core.problem import Data, Problem, network
 from benchmarks.data import cifar, omniglot
 from benchmarks.models.cnn import CNN
@@ -32,35 +24,23 @@ DataSet = Literal["cifar10", "cifar100", "omniglot"]
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What a preset means for a data set.
+    """What a preset means for a data set."""
 
-    Attributes:
-      model: the network.
-      epochs: passes over the training images.
-      batch_sizes: images per step.
-      seeds: of initialization and shuffling; the search runs on the first.
-      num_train: training images, the first of the shuffled set; `None`: all.
-      num_curve: test and validation images that curves and selection use; `None`: all.
-      augmented: shifts and mirror images.
-    """
-
-    model: Any
-    epochs: int
-    batch_sizes: tuple[int, ...]
+    model: Any  # the network
+    epochs: int  # passes over the training images
+    batch_sizes: tuple[int, ...]  # images per step
+    # Of initialization and shuffling; the search runs on the first.
     seeds: tuple[int, ...] = (0, 1, 2)
-    num_train: int | None = None
+    num_train: int | None = None  # training images, the first of the shuffled set; `None`: all
+    # Test and validation images that curves and selection use; `None`: all.
     num_curve: int | None = None
-    augmented: bool = False
+    augmented: bool = False  # shifts and mirror images
 
 
 PAPER_BATCH_SIZES = (32, 128, 1024, 4096)
 SIZES: dict[tuple[str, str], Size] = {
     ("cifar10", "cpu"): Size(
-        CNN(widths=(32, 64), patch=4),
-        8,
-        (32, 128, 1024),
-        num_train=10_000,
-        num_curve=2500,
+        CNN(widths=(32, 64), patch=4), 8, (32, 128, 1024), num_train=10_000, num_curve=2500
     ),
     ("omniglot", "cpu"): Size(CNN(widths=(32, 64), patch=4, num_outputs=242), 20, (32, 128, 1024)),
     ("cifar10", "paper"): Size(ResNet18(), 100, PAPER_BATCH_SIZES, augmented=True),

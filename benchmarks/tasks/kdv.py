@@ -27,11 +27,7 @@ def load() -> Data:
 def make_problem() -> Problem:
     """The equation as a `Problem`; errors in units of u squared."""
     return Problem(
-        settings={
-            "experiment": "kdv",
-            "data": kdv.DEFAULTS._asdict(),
-            "model": repr(MODEL),
-        },
+        settings={"experiment": "kdv", "data": kdv.DEFAULTS._asdict(), "model": repr(MODEL)},
         epochs=lambda batch_size: EPOCHS,
         load=load,
         network=partial(network, MODEL),

@@ -24,9 +24,7 @@ def load(folder: Path, name: TableName) -> Data:
 def make_problem(name: TableName, folder: Path | None) -> Problem:
     """A table as a `Problem`; errors in units of the targets' variance.
 
-    Args:
-      name: of the table.
-      folder: where <name>.csv is; needed only if something is to be trained.
+    The folder of <name>.csv is needed only if something is to be trained.
     """
 
     def read() -> Data:

@@ -107,10 +107,7 @@ def draw(found: Found, path: Path) -> list[Path]:
         index = methods.index(method)
         style = {"color": plots.LINES[index]["color"], "marker": "os^"[index]}
         lines = panels.setdefault(f"batch size {batch_size}", {})
-        for name, runs, dash in (
-            ("refitted", best.refitted, "-"),
-            ("current", best.current, "--"),
-        ):
+        for name, runs, dash in (("refitted", best.refitted, "-"), ("current", best.current, "--")):
             shown = {**style, "linestyle": dash, "markersize": 4, "markevery": 3}
             lines[f"{method}, {name} heads"] = plots.Line(best.rounds, runs, shown)
     return plots.panels_by_batch_size(

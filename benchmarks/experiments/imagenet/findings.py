@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.core.records import Record, Records
@@ -32,13 +30,7 @@ def announce(records: Records, plan: Plan, configs: list[Config]) -> None:
 
 
 def summarize(records: Records, figures: Path, preset: str) -> Summary:
-    """What the last call with a preset found, as far as its runs are finished.
-
-    Args:
-      records: of `imagenet`.
-      figures: folder to draw into.
-      preset: of which call.
-    """
+    """What the last call with a preset found, as far as its runs are finished."""
     keys = (records.get(_announcement(preset)) or {"runs": []})["runs"]
     runs = [(key, record) for key in keys if (record := records.get(key)) is not None]
     best = {
@@ -62,20 +54,11 @@ def summarize(records: Records, figures: Path, preset: str) -> Summary:
 
 
 def draw(curves: dict[str, Record], path: Path) -> Path:
-    """Accuracy against steps, one panel for the parameters and one for their average.
-
-    Args:
-      curves: method -> record.
-      path: the .png to write.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Accuracy against steps, one panel for the parameters and one for their average."""
     panels = {"top1": "parameters", "ema_top1": "moving average of the parameters"}
     # One style per method, whichever of them are there.
     styles = dict(zip((CROSS_ENTROPY, PROXIMAL, SQUARED, RIDGE), plots.LINES, strict=False))
-    with mpl.rc_context(plots.STYLE):
-        figure, grid = plt.subplots(
-            1, len(panels), figsize=(10.5, 3.8), sharey=True, layout="constrained"
-        )
+    with plots.subplots(path, 1, len(panels), figsize=(10.5, 3.8), sharey=True) as grid:
         for axes, (field, title) in zip(grid, panels.items(), strict=True):
             for method, record in curves.items():
                 marker = "o" if len(record["steps"]) < 3 else None  # a point is no line
@@ -84,9 +67,9 @@ def draw(curves: dict[str, Record], path: Path) -> Path:
             axes.set(title=title, xlabel="training steps")
             axes.set_xlim(left=0)
         grid[0].set_ylabel("top-1 accuracy on val (%)")
-        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-        figure.savefig(path)
-        plt.close(figure)
+        grid[0].figure.legend(
+            *grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=4
+        )
     return path
 
 

@@ -41,22 +41,14 @@ PresetName = Literal["cpu", "paper"]
 
 
 class Preset(NamedTuple):
-    """Sizes.
+    """Sizes."""
 
-    Attributes:
-      model: the network; its head has one output per class.
-      train_size, eval_size: of images, in pixels.
-      batch_size: images per step.
-      epochs: passes over the training images.
-      warmup_epochs: of them with a growing rate, before the cosine decay.
-    """
-
-    model: NFNet
-    train_size: int
+    model: NFNet  # the network; its head has one output per class
+    train_size: int  # train_size, eval_size: of images, in pixels
     eval_size: int
-    batch_size: int
-    epochs: int
-    warmup_epochs: int
+    batch_size: int  # images per step
+    epochs: int  # passes over the training images
+    warmup_epochs: int  # of them with a growing rate, before the cosine decay
 
 
 PRESETS: dict[str, Preset] = {
@@ -73,35 +65,21 @@ PRESETS: dict[str, Preset] = {
 
 
 class Config(NamedTuple):
-    """A row of the table at one rate.
+    """A row of the table at one rate."""
 
-    Attributes:
-      method: of `METHODS`.
-      rate: peak learning rate for a batch of `REFERENCE_BATCH` images.
-    """
-
-    method: str
-    rate: float
+    method: str  # of `METHODS`
+    rate: float  # peak learning rate for a batch of `REFERENCE_BATCH` images
 
 
 class Plan(NamedTuple):
-    """Everything that determines the results.
+    """Everything that determines the results."""
 
-    Attributes:
-      name: of the preset.
-      preset: sizes.
-      lam: for a batch of `REFERENCE_BATCH` images.
-      beta: for every batch.
-      seed: of initialization, order, crops and augmentation.
-      data: a fingerprint of the images.
-    """
-
-    name: str
-    preset: Preset
-    lam: float
-    beta: float
-    seed: int
-    data: dict[str, int | str]
+    name: str  # of the preset
+    preset: Preset  # sizes
+    lam: float  # for a batch of `REFERENCE_BATCH` images
+    beta: float  # for every batch
+    seed: int  # of initialization, order, crops and augmentation
+    data: dict[str, int | str]  # a fingerprint of the images
 
     @property
     def scale(self) -> float:
@@ -139,39 +117,24 @@ class Plan(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What a step carries.
+    """What a step carries."""
 
-    Attributes:
-      params, opt_state: as everywhere.
-      ema: moving average of the parameters.
-      step: number of steps taken, int32.
-    """
-
-    params: Any
+    params: Any  # params, opt_state: as everywhere
     opt_state: Any
-    ema: Any
-    step: jax.Array
+    ema: Any  # moving average of the parameters
+    step: jax.Array  # number of steps taken, int32
 
 
 Step = Callable[..., tuple[TrainState, jax.Array]]  # state, images, targets
 
 
 def make_step(model: NFNet, method: str, tx: Any, seed: int) -> Step:
-    """The training step of a method, jitted.
+    """The jitted training step of a method: (state, images, targets) -> (state, loss).
 
-    Both closed-form methods are Algorithm 1: the backbone moves with the old head, then the
-    transformation solves for the head on the new features, in float32. It sees them as the loss
-    does, with the same features dropped and the same branches left out: it minimizes that loss.
-
-    Args:
-      model: the network.
-      method: of `METHODS`.
-      tx: its optimizer, see `transformation`.
-      seed: of dropout and stochastic depth.
-
-    Returns:
-      (state, images, targets) -> (state, loss); images uint8, (n, size, size, 3); targets float32,
-      (n, classes).
+    Images are uint8, (n, size, size, 3), targets float32, (n, classes). Both closed-form methods
+    are Algorithm 1: the backbone moves with the old head, then the transformation solves for the
+    head on the new features, in float32. It sees them as the loss does, with the same features
+    dropped and the same branches left out: it minimizes that loss.
     """
     loss_of = LOSSES["cross entropy" if method == CROSS_ENTROPY else "l2"]
 
@@ -229,10 +192,7 @@ def transformation(plan: Plan, config: Config) -> Any:
         warmup_steps=plan.preset.warmup_epochs * plan.steps_per_epoch,
         decay_steps=plan.num_steps,
     )
-    rules = {
-        RIDGE: cfll.ridge(plan.beta),
-        PROXIMAL: cfll.prox(plan.lam * plan.scale),
-    }
+    rules = {RIDGE: cfll.ridge(plan.beta), PROXIMAL: cfll.prox(plan.lam * plan.scale)}
     optimizer = sgd(schedule)
     if config.method not in CLOSED_FORM:
         return optimizer
@@ -240,13 +200,7 @@ def transformation(plan: Plan, config: Config) -> Any:
 
 
 def init_state(params: Any, method: str, tx: Any) -> TrainState:
-    """The state before the first step.
-
-    Args:
-      params: the same for all methods; closed-form heads start at zero, as in the paper.
-      method: of `METHODS`.
-      tx: its optimizer.
-    """
+    """The state before the first step; closed-form heads start at zero, as in the paper."""
     if method in CLOSED_FORM:
         head = jax.tree.map(jnp.zeros_like, cfll.get_head(params, "head"))
         params = cfll.set_head(params, "head", head)

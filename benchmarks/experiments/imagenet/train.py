@@ -33,14 +33,8 @@ def mixed_batches(
 ) -> Iterator[Batch]:
     """Smooth labels to targets, mix images, then RandAugment every one of them.
 
-    Args:
-      batches: images and labels.
-      plan: its seed and the epoch determine all draws.
-      epoch: from 0.
-      workers: threads.
-
-    Yields:
-      uint8 images, (n, size, size, 3), and float32 targets, (n, classes).
+    uint8 images, (n, size, size, 3), and float32 targets, (n, classes); the plan's seed and the
+    epoch decide all draws.
     """
 
     def augmented(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -59,10 +53,7 @@ def accuracies(
 ) -> list[float]:
     """Top-1 accuracy of several parameter trees on the same images, each read once.
 
-    Args:
-      count_correct: (params, images, labels) -> number of hits.
-      candidates: parameter trees.
-      batches: images and labels, `image_folder.PADDING` where there is no image.
+    count_correct: (params, images, labels) -> hits; labels are `PADDING` where there is no image.
     """
     correct, total = np.zeros(len(candidates)), 0
     for images, labels in batches:
@@ -73,31 +64,19 @@ def accuracies(
 
 
 class Curve(NamedTuple):
-    """What is measured after every epoch, float64 arrays of shape (epochs,), NaN if not reached.
+    """What is measured after every epoch, float64 arrays of shape (epochs,), NaN if not reached."""
 
-    Attributes:
-      top1, ema_top1: accuracy on `val`, of the parameters and of their moving average.
-      seconds: median seconds per step, reading not included.
-    """
-
+    # `top1`, `ema_top1`: accuracy on `val`, of the parameters and of their moving average.
     top1: np.ndarray
     ema_top1: np.ndarray
-    seconds: np.ndarray
+    seconds: np.ndarray  # median seconds per step, reading not included
 
 
 class Trainer:
     """Trains configurations on one data set, from the last checkpoint if there is one.
 
-    Batches are split over all local devices, parameters are replicated.
-
-    Args:
-      plan: what.
-      splits: the images.
-      out: folder of the checkpoints.
-      workers: reading threads.
-
-    Raises:
-      ValueError: if the batch does not fit the devices or the data, or the classes the head.
+    Batches are split over all local devices, parameters are replicated. Raises ValueError if the
+    batch does not fit the devices or the data, or the classes the head.
     """
 
     def __init__(self, plan: Plan, splits: Splits, out: Path, workers: int):
@@ -141,15 +120,7 @@ class Trainer:
         self._init, self._count_correct = init, count_correct
 
     def run(self, config: Config, progress: SweepProgress) -> tuple[TrainState, Record]:
-        """Train to the end, or until the loss is not finite.
-
-        Args:
-          config: what.
-          progress: told about every step.
-
-        Returns:
-          The last state and what goes on record.
-        """
+        """Train until the end or divergence: the last state and what goes on record."""
         plan, preset = self._plan, self._plan.preset
         tx = transformation(plan, config)
         step = make_step(preset.model, config.method, tx, plan.seed)

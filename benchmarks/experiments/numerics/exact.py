@@ -12,13 +12,9 @@ from benchmarks.experiments.numerics.problems import Problem, bordered
 
 
 def exact_head(problem: Problem) -> np.ndarray:
-    """Kernel over bias, each entry the float64 that is nearest to the exact solution.
+    """Kernel over bias, each entry the float64 nearest to the exact solution; (d + 1, o) or (d, o).
 
-    Args:
-      problem: penalty positive, or features of full column rank.
-
-    Returns:
-      (d + 1, o), or (d, o) without a bias.
+    The penalty must be positive, or the features of full column rank.
     """
     features, anchor = bordered(problem)
     targets = problem.targets.astype(float)

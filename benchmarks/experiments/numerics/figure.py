@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.experiments.numerics.measure import SOLVERS, Solved
@@ -21,19 +20,12 @@ def draw(settings: Settings, solved: Sequence[Solved], path: Path) -> list[Path]
     """A column per dtype; nothing if there is nothing."""
     if not solved:
         return []
-    path.parent.mkdir(parents=True, exist_ok=True)
     sizes = dict(settings.sizes)
     strong = min(penalty for penalty in settings.penalties if penalty)
     panels = (("tall", 0.0), ("wide", strong))
-    with mpl.rc_context(plots.STYLE):
-        figure, grid = plt.subplots(
-            len(panels),
-            len(settings.dtypes),
-            figsize=(10.5, 7),
-            sharex=True,
-            squeeze=False,
-            layout="constrained",
-        )
+    with plots.subplots(
+        path, len(panels), len(settings.dtypes), figsize=(10.5, 7), sharex=True, squeeze=False
+    ) as grid:
         legend: dict[str, Any] = {}
         for axes, dtype in zip(grid[0], settings.dtypes, strict=True):
             axes.set_title(dtype)
@@ -52,7 +44,7 @@ def draw(settings: Settings, solved: Sequence[Solved], path: Path) -> list[Path]
             axes.set_ylabel(f"{n} samples, {d} features\n{lam}\nrelative error of predictions")
         for axes in grid[-1]:
             axes.set_xlabel("condition number of the features")
-        figure.legend(
+        grid[0, 0].figure.legend(
             legend.values(),
             legend.keys(),
             loc="outside upper center",
@@ -60,8 +52,6 @@ def draw(settings: Settings, solved: Sequence[Solved], path: Path) -> list[Path]
             handlelength=4,
             title="filled: rcond is healthy; hollow: it calls the system singular; cross: NaN",
         )
-        figure.savefig(path)
-        plt.close(figure)
     return [path]
 
 

@@ -31,11 +31,7 @@ SINGULAR = 1e2
 
 @partial(jax.jit, static_argnames="solver")
 def solve(
-    features: jax.Array,
-    targets: jax.Array,
-    anchor: cfll.LinearHead,
-    lam: jax.Array,
-    solver: str,
+    features: jax.Array, targets: jax.Array, anchor: cfll.LinearHead, lam: jax.Array, solver: str
 ) -> tuple[cfll.LinearHead, cfll.SolveInfo]:
     """Head and diagnostics of one of `SOLVERS`. `lam` is traced, so that it may be zero."""
     if solver != SUMS:
@@ -107,27 +103,16 @@ def run(settings: Settings, case: Case, runner: Runner) -> None:
 
 
 class Solved(NamedTuple):
-    """One problem, one solver.
+    """One problem, one solver."""
 
-    Attributes:
-      case: kind and shape.
-      seed: of the problem.
-      solver: of `SOLVERS`.
-      head: relative error of the head; infinite where the answer is not finite.
-      predictions: relative error of the predictions; likewise.
-      route: a `cfll.Route`, as it is printed.
-      rcond: as the solve estimates it; NaN if Cholesky failed.
-      condition: of the penalized system.
-    """
-
-    case: Case
-    seed: int
-    solver: str
-    head: float
-    predictions: float
-    route: str
-    rcond: float
-    condition: float
+    case: Case  # kind and shape
+    seed: int  # of the problem
+    solver: str  # of `SOLVERS`
+    head: float  # relative error of the head; infinite where the answer is not finite
+    predictions: float  # relative error of the predictions; likewise
+    route: str  # a `cfll.Route`, as it is printed
+    rcond: float  # as the solve estimates it; NaN if Cholesky failed
+    condition: float  # of the penalized system
 
     @property
     def warned(self) -> bool:

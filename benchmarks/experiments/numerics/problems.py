@@ -9,61 +9,41 @@ STRUCTURES = ("dead", "repeated", "collinear", "scaled")
 
 
 class Size(NamedTuple):
-    """Shape of a problem.
+    """Shape of a problem."""
 
-    Attributes:
-      n: samples.
-      d: features.
-      bias: whether there is a bias, one more unknown.
-    """
-
-    n: int
-    d: int
-    bias: bool
+    n: int  # samples
+    d: int  # features
+    bias: bool  # whether there is a bias, one more unknown
 
 
 class Settings(NamedTuple):
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-      num_seeds: random problems per case.
-      num_outputs: o.
-      sizes: name -> shape. With fewer samples than unknowns there are no cases without penalty.
-      conditions: largest over smallest singular value of the features with the ones column.
-      penalties: `lam` of these, as shares of the largest eigenvalue of the Gram matrix.
-      paper_penalties: `lam` of the features as networks have them, as it is.
-      dtypes: of the data and of the solve.
-    """
-
-    num_seeds: int = 3
-    num_outputs: int = 4
+    num_seeds: int = 3  # random problems per case
+    num_outputs: int = 4  # o
+    # Name -> shape. With fewer samples than unknowns there are no cases without penalty.
     sizes: tuple[tuple[str, Size], ...] = (
         ("tall", Size(96, 24, True)),
         ("tall, no bias", Size(96, 24, False)),
         ("wide", Size(24, 96, True)),
     )
+    # Largest over smallest singular value of the features with the ones column.
     conditions: tuple[float, ...] = (1, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e8, 1e10, 1e12)
+    # `lam` of these, as shares of the largest eigenvalue of the Gram matrix.
     penalties: tuple[float, ...] = (0, 1e-8, 1e-4)
+    # `lam` of the features as networks have them, as it is.
     paper_penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-    dtypes: tuple[str, ...] = ("float32", "float64")
+    dtypes: tuple[str, ...] = ("float32", "float64")  # of the data and of the solve
 
 
 class Case(NamedTuple):
-    """Random problems of one kind; the key of a record, with the solver.
+    """Random problems of one kind; the key of a record, with the solver."""
 
-    Attributes:
-      dtype: "float32" or "float64", of the data and of the solve.
-      kind: `SPECTRUM` or one of `STRUCTURES`.
-      size: the shape.
-      penalty: of `Settings.penalties` for `SPECTRUM`, of `Settings.paper_penalties` else.
-      condition: for `SPECTRUM`, of `Settings.conditions`; else None.
-    """
-
-    dtype: str
-    kind: str
-    size: Size
-    penalty: float
-    condition: float | None
+    dtype: str  # "float32" or "float64", of the data and of the solve
+    kind: str  # `SPECTRUM` or one of `STRUCTURES`
+    size: Size  # the shape
+    penalty: float  # of `Settings.penalties` for `SPECTRUM`, of `Settings.paper_penalties` else
+    condition: float | None  # for `SPECTRUM`, of `Settings.conditions`; else None
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -87,21 +67,13 @@ def cases(settings: Settings) -> list[Case]:
 
 
 class Problem(NamedTuple):
-    """One proximal least-squares problem; every number is exact in the dtype of its case.
+    """One proximal least-squares problem; every number is exact in the dtype of its case."""
 
-    Attributes:
-      features: (n, d).
-      targets: (n, o).
-      kernel: of the anchor, (d, o).
-      bias: of the anchor, (o,), or None for heads without one.
-      lam: the penalty.
-    """
-
-    features: np.ndarray
-    targets: np.ndarray
-    kernel: np.ndarray
-    bias: np.ndarray | None
-    lam: np.floating
+    features: np.ndarray  # (n, d)
+    targets: np.ndarray  # (n, o)
+    kernel: np.ndarray  # of the anchor, (d, o)
+    bias: np.ndarray | None  # of the anchor, (o,), or None for heads without one
+    lam: np.floating  # the penalty
 
 
 def with_prescribed_spectrum(
@@ -111,14 +83,7 @@ def with_prescribed_spectrum(
 
     Of M = U S V^T the last column must be the ones: U S q = 1 with q the last row of V. So S is
     scaled until S q is as long as the ones, and U is turned until it maps the one to the other.
-
-    Args:
-      rng: draws the orthogonal factors.
-      size: the shape.
-      condition: largest over smallest singular value.
-
-    Returns:
-      The features, (n, d), without the ones column, and the largest singular value.
+    Returns them, (n, d), without the ones, and the largest singular value.
     """
     n, unknowns = size.n, size.d + size.bias
     rank = min(n, unknowns)

@@ -63,19 +63,12 @@ STEP_CASES = {
 
 
 class Compiled(NamedTuple):
-    """A training step, ready to run.
+    """A training step, ready to run."""
 
-    Attributes:
-      run: () -> loss; keeps its own state.
-      temp_bytes: XLA's own count of what the step needs besides its arguments and results.
-      trace_seconds: to trace and lower, without compilation.
-      compile_seconds: XLA's part.
-    """
-
-    run: Callable[[], Any]
-    temp_bytes: int
-    trace_seconds: float
-    compile_seconds: float
+    run: Callable[[], Any]  # () -> loss; keeps its own state
+    temp_bytes: int  # XLA's own count of what the step needs besides its arguments and results
+    trace_seconds: float  # to trace and lower, without compilation
+    compile_seconds: float  # XLA's part
 
 
 def compiled(step: Step, method: Method) -> Compiled:

@@ -117,7 +117,6 @@ def summarize(records: Records, figures: Path, preset: str) -> Summary:
             results[name] = [
                 {field: np.asarray(value) for field, value in run.items()} for run in record["runs"]
             ]
-    figures.mkdir(parents=True, exist_ok=True)
     paths = []
     for needed, drawing in DRAWINGS.items():
         if all(name in results for name in needed):

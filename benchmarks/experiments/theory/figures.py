@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.experiments.theory.claims import Runs
@@ -14,10 +12,7 @@ from benchmarks.reporting import plots
 def draw_convexity(convexity: Runs, critical: Runs, path: Path) -> None:
     """The lines of Theorem 3."""
     (lines,), (points,) = convexity, critical
-    with mpl.rc_context(plots.STYLE):
-        figure, (left, middle, right) = plt.subplots(
-            1, 3, figsize=(10.5, 3.6), layout="constrained"
-        )
+    with plots.subplots(path, 1, 3, figsize=(10.5, 3.6)) as (left, middle, right):
         for i, (beta, line) in enumerate(zip(lines["betas"], plots.LINES, strict=False)):
             label = f"β = {beta:g}"
             left.plot(lines["position"], lines["segment"][i], label=label, **line)
@@ -31,14 +26,11 @@ def draw_convexity(convexity: Runs, critical: Runs, path: Path) -> None:
         middle.set_title("a critical point, not a minimum")
         right.set(xlabel="c", ylabel="L*(cφ) / ||Y||²", title="no minimizer for β > 0")
         middle.legend()
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def draw_flow(flows: Runs, path: Path) -> None:
     """Theorem 4's flows."""
-    with mpl.rc_context(plots.STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8), layout="constrained")
+    with plots.subplots(path, 1, 2, figsize=(10.5, 3.8)) as (left, right):
         for run, line in zip(flows, plots.LINES, strict=False):
             time, label = run["time"][1:], f"β = {run['beta']:g}"
             left.loglog(time, run["perp"][1:], label=label, **line)
@@ -52,16 +44,13 @@ def draw_flow(flows: Runs, path: Path) -> None:
             xlabel="time of the flow", ylabel="||Φ|| / ||Φ(0)||", title="size of the features"
         )
         left.legend()
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def draw_eigenvalues(eigenvalues: Runs, identities: Runs, path: Path) -> None:
     """An eigenvalue that falls, and what is left out of Eq. (40)."""
     (many,), (found,) = eigenvalues, identities
     black, orange, blue, *_ = plots.LINES
-    with mpl.rc_context(plots.STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8), layout="constrained")
+    with plots.subplots(path, 1, 2, figsize=(10.5, 3.8)) as (left, right):
         time = many["time"][1:]
         left.semilogx(time, many["worst"][1:, 1], label="larger", **black)
         left.semilogx(time, many["worst"][1:, 0], label="smaller", **orange)
@@ -81,18 +70,13 @@ def draw_eigenvalues(eigenvalues: Runs, identities: Runs, path: Path) -> None:
         right.minorticks_off()
         right.set(xlabel="β", ylabel="largest relative difference", title="Eq. (40)")
         right.legend()
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def draw_width(runs: Runs, path: Path) -> None:
     """Networks and flows, and their distance."""
     shown = runs[:: max(1, (len(runs) - 1) // 2)][:3]
     black, orange, *_ = plots.LINES
-    with mpl.rc_context(plots.STYLE):
-        figure, panels = plt.subplots(
-            1, len(shown) + 1, figsize=(10.5, 3.4), layout="constrained", squeeze=False
-        )
+    with plots.subplots(path, 1, len(shown) + 1, figsize=(10.5, 3.4), squeeze=False) as panels:
         for axes, run in zip(panels[0], shown, strict=False):
             axes.plot(run["time"], run["flow"], color="0.7", linewidth=5, label="kernel flow")
             axes.plot(run["time"], run["net"], label="network", **orange)
@@ -114,8 +98,6 @@ def draw_width(runs: Runs, path: Path) -> None:
         last.set_yticks([p / 100 for p in percent], labels=[f"{p}%" for p in percent])
         last.set(xlabel="width", title="relative deviation of Φ")
         last.legend()
-        figure.savefig(path)
-        plt.close(figure)
 
 
 DRAWINGS: dict[tuple[str, ...], Callable[..., None]] = {

@@ -17,17 +17,11 @@ from benchmarks.experiments.theory.settings import (
 
 
 class Parts(NamedTuple):
-    """The targets in two parts, Eq. (29), and the head.
+    """The targets in two parts, Eq. (29), and the head."""
 
-    Attributes:
-      star: Y_star, attainable, (n, o).
-      perp: Y_perp, the rest, (n, o).
-      kernel: W_star, (d, o).
-    """
-
-    star: jax.Array
-    perp: jax.Array
-    kernel: jax.Array
+    star: jax.Array  # Y_star, attainable, (n, o)
+    perp: jax.Array  # Y_perp, the rest, (n, o)
+    kernel: jax.Array  # W_star, (d, o)
 
 
 def split_targets(features: jax.Array, targets: jax.Array, beta: float | jax.Array) -> Parts:
@@ -44,30 +38,17 @@ def loss(features: jax.Array, targets: jax.Array, beta: float | jax.Array) -> ja
 
 
 def draw(key: jax.Array, root: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gaussian features and targets.
-
-    Args:
-      key: random key.
-      root: factor of the features' covariance between samples, (n, n).
-
-    Returns:
-      Features (n, d), targets (n, o), standard normal.
-    """
+    """Gaussian features (n, d) of covariance root root^T between samples; normal targets (n, o)."""
     key_features, key_targets = jax.random.split(key)
     features = root @ jax.random.normal(key_features, (len(root), NUM_FEATURES))
     return features, jax.random.normal(key_targets, (len(root), NUM_OUTPUTS))
 
 
 class Kernels(NamedTuple):
-    """Kernels of an infinitely wide network between n samples, (n, n); both times I over d.
+    """Kernels of an infinitely wide network between n samples, (n, n); both times I over d."""
 
-    Attributes:
-      nngp: covariance of the features at initialization, the paper's NGPK.
-      ntk: the tangent kernel, the paper's K(X, X).
-    """
-
-    nngp: jax.Array
-    ntk: jax.Array
+    nngp: jax.Array  # covariance of the features at initialization, the paper's NGPK
+    ntk: jax.Array  # the tangent kernel, the paper's K(X, X)
 
 
 def wide_kernels(x: jax.Array) -> Kernels:
@@ -107,15 +88,7 @@ def kernel_flow(
 ) -> jax.Array:
     """Integrate kernel gradient flow with adaptive steps (Tsitouras 5(4)).
 
-    Args:
-      features: at the first time, (n, d).
-      targets: (n, o).
-      ntk: (n, n).
-      beta: ridge penalty.
-      times: rising, in units of the flow, (t,).
-
-    Returns:
-      Features at the times, (t, n, d).
+    From features (n, d) at the first of the rising times (t,) to features (t, n, d).
     """
     term = diffrax.ODETerm(lambda t, features, args: velocity(features, *args))
     solution = diffrax.diffeqsolve(

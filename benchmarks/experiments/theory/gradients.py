@@ -13,21 +13,15 @@ from benchmarks.experiments.theory.settings import NUM_INPUTS, Array, in_float64
 
 
 class Envelope(NamedTuple):
-    """Theorems 1 and 2 on one network, for several penalties.
+    """Theorems 1 and 2 on one network, for several penalties."""
 
-    Attributes:
-      sizes: depth, width, d, o, n of the network and its batch.
-      penalties: beta and lam, shape (p,).
-      ridge: relative difference of the gradients of theta, of `cfll.ridge_loss` against automatic
-        differentiation through an explicit solve, (p,).
-      prox: the same of `cfll.prox_loss`.
-      fixed: the same of ordinary backpropagation of Eq. (10) at the fixed proximal head, Eq. (16).
-    """
-
-    sizes: Array
-    penalties: Array
+    sizes: Array  # depth, width, d, o, n of the network and its batch
+    penalties: Array  # beta and lam, shape (p,)
+    # Relative difference of the gradients of theta, of `cfll.ridge_loss` against automatic
+    # differentiation through an explicit solve, (p,).
     ridge: Array
-    prox: Array
+    prox: Array  # the same of `cfll.prox_loss`
+    # The same of ordinary backpropagation of Eq. (10) at the fixed proximal head, Eq. (16).
     fixed: Array
 
 

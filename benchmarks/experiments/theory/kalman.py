@@ -13,17 +13,13 @@ from benchmarks.experiments.theory.settings import Array, in_float64, relative
 
 
 class Kalman(NamedTuple):
-    """The proximal step against a textbook filter.
+    """The proximal step against a textbook filter."""
 
-    Attributes:
-      lams: sigma_Y^2 / sigma_W^2, per problem.
-      difference: relative, of `cfll.prox_solve` to one measurement update with a collapsed prior.
-      filtered: relative distance of a run of proximal steps over batches to the Kalman filter that
-        keeps its covariance: what Eq. (24) gives up.
-    """
-
-    lams: Array
+    lams: Array  # sigma_Y^2 / sigma_W^2, per problem
+    # Relative, of `cfll.prox_solve` to one measurement update with a collapsed prior.
     difference: Array
+    # Relative distance of a run of proximal steps over batches to the Kalman filter that keeps its
+    # covariance: what Eq. (24) gives up.
     filtered: Array
 
 
@@ -34,17 +30,9 @@ def measurement_update(
     targets: np.ndarray,
     noise: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The textbook Kalman update of vec(W), with gain and innovation; NumPy, no cfll.
+    """The textbook Kalman update of mean and covariance of vec(W), row by row; NumPy, no cfll.
 
-    Args:
-      mean: of vec(W), kernel entries row by row, (d o,).
-      covariance: of vec(W), (d o, d o).
-      features: (n, d).
-      targets: (n, o).
-      noise: sigma_Y^2, the variance of every target.
-
-    Returns:
-      The mean and the covariance after the batch.
+    Features are (n, d), targets (n, o) of noise variance sigma_Y^2.
     """
     n, o = targets.shape
     observe = np.kron(features, np.eye(o))  # vec(Y) = observe vec(W)

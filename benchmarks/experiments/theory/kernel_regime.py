@@ -21,34 +21,22 @@ from benchmarks.experiments.theory.settings import NUM_TIMES, Array, in_float64,
 
 
 class Identities(NamedTuple):
-    """Eq. (33) and (40) at random features, per beta. All are largest relative differences, (b,).
+    """Eq. (33) and (40) at random features, per beta: largest relative differences, (b,)."""
 
-    Attributes:
-      betas: (b,).
-      gradient: of Eq. (28) against automatic differentiation.
-      gradient_star: of Eq. (33), which has Y_star for Y.
-      orthogonality: norm of Y_perp^T Y_star over that of Y^T Y; zero in the paper's Eq. (39).
-      forty_star: of d(Y_star^T Y_star)/dt against 2 (A B + B A), as in Eq. (40).
-      forty: the same for d(Y^T Y_star)/dt.
-      conserved: of d(Phi^T K^{-1} Phi)/dt against 4 beta W W^T; for beta = 0, where both are
-        zero, over the norms of its factors.
-      falling: share of the draws in which an eigenvalue of Y_star^T Y_star falls.
-      falling_yy: the same for Y^T Y_star.
-      falling_single: the same as `falling` with one output only.
-      indefinite: share of the draws in which A B + B A has a negative eigenvalue.
-    """
-
-    betas: Array
-    gradient: Array
-    gradient_star: Array
+    betas: Array  # (b,)
+    gradient: Array  # of Eq. (28) against automatic differentiation
+    gradient_star: Array  # of Eq. (33), which has Y_star for Y
+    # Norm of Y_perp^T Y_star over that of Y^T Y; zero in the paper's Eq. (39).
     orthogonality: Array
-    forty_star: Array
-    forty: Array
+    forty_star: Array  # of d(Y_star^T Y_star)/dt against 2 (A B + B A), as in Eq. (40)
+    forty: Array  # the same for d(Y^T Y_star)/dt
+    # Of d(Phi^T K^{-1} Phi)/dt against 4 beta W W^T; for beta = 0, where both are zero, over the
+    # norms of its factors.
     conserved: Array
-    falling: Array
-    falling_yy: Array
-    falling_single: Array
-    indefinite: Array
+    falling: Array  # share of the draws in which an eigenvalue of Y_star^T Y_star falls
+    falling_yy: Array  # the same for Y^T Y_star
+    falling_single: Array  # the same as `falling` with one output only
+    indefinite: Array  # share of the draws in which A B + B A has a negative eigenvalue
 
 
 def eigenvalue_rates(matrix: jax.Array, rate: jax.Array) -> jax.Array:
@@ -120,29 +108,17 @@ def check_identities(seed: int, betas: tuple[float, ...], num_draws: int) -> Ide
 
 
 class Flow(NamedTuple):
-    """Theorem 4: one kernel gradient flow.
+    """Theorem 4: one kernel gradient flow."""
 
-    Attributes:
-      beta: ridge penalty.
-      time: (t,).
-      perp: norm of Y_perp over that of Y, (t,).
-      loss: L_star over ||Y||^2, (t,).
-      size: norm of the features over that at the start, (t,).
-      eigenvalues: of Y^T Y_star over the largest of Y^T Y, smallest first, (t, o).
-      slope: d log(perp) / d log(time) over the last tenth of the times.
-      forty: largest relative difference of d(Y^T Y_star)/dt and 2 (A B + B A) on the path.
-      forty_star: the same for d(Y_star^T Y_star)/dt.
-    """
-
-    beta: Array
-    time: Array
-    perp: Array
-    loss: Array
-    size: Array
-    eigenvalues: Array
-    slope: Array
-    forty: Array
-    forty_star: Array
+    beta: Array  # ridge penalty
+    time: Array  # (t,)
+    perp: Array  # norm of Y_perp over that of Y, (t,)
+    loss: Array  # L_star over ||Y||^2, (t,)
+    size: Array  # norm of the features over that at the start, (t,)
+    eigenvalues: Array  # of Y^T Y_star over the largest of Y^T Y, smallest first, (t, o)
+    slope: Array  # d log(perp) / d log(time) over the last tenth of the times
+    forty: Array  # largest relative difference of d(Y^T Y_star)/dt and 2 (A B + B A) on the path
+    forty_star: Array  # the same for d(Y_star^T Y_star)/dt
 
 
 @in_float64
@@ -187,18 +163,13 @@ def along(
 
 
 class Eigenvalues(NamedTuple):
-    """Theorem 4's argument: eigenvalues of Y_star^T Y_star along many flows, beta = 0.
+    """Theorem 4's argument: eigenvalues of Y_star^T Y_star along many flows, beta = 0."""
 
-    Attributes:
-      time: (t,).
-      falls: largest fall of an eigenvalue below an earlier value of it, over that value, per flow.
-      perp: norm of Y_perp over that of Y at the end, per flow.
-      worst: eigenvalues of the flow with the largest fall, over its largest at the end, (t, o).
-    """
-
-    time: Array
+    time: Array  # (t,)
+    # Largest fall of an eigenvalue below an earlier value of it, over that value, per flow.
     falls: Array
-    perp: Array
+    perp: Array  # norm of Y_perp over that of Y at the end, per flow
+    # Eigenvalues of the flow with the largest fall, over its largest at the end, (t, o).
     worst: Array
 
 

@@ -18,23 +18,14 @@ from benchmarks.experiments.theory.settings import (
 
 
 class Convexity(NamedTuple):
-    """Theorem 3: the loss along straight lines through function space.
+    """Theorem 3: the loss along straight lines through function space."""
 
-    Attributes:
-      betas: (b,).
-      position: in [-1, 1], on the segment from -phi to phi, (m,).
-      segment: loss there over that of phi = 0, (b, m).
-      excess: loss at the midpoint minus that at the ends, over the latter, (b,).
-      scale: factors c, (m,).
-      scaled: loss of c phi over that of phi = 0, (b, m).
-    """
-
-    betas: Array
-    position: Array
-    segment: Array
-    excess: Array
-    scale: Array
-    scaled: Array
+    betas: Array  # (b,)
+    position: Array  # in [-1, 1], on the segment from -phi to phi, (m,)
+    segment: Array  # loss there over that of phi = 0, (b, m)
+    excess: Array  # loss at the midpoint minus that at the ends, over the latter, (b,)
+    scale: Array  # factors c, (m,)
+    scaled: Array  # loss of c phi over that of phi = 0, (b, m)
 
 
 @in_float64
@@ -65,32 +56,22 @@ def check_convexity(seed: int, betas: tuple[float, ...], num_points: int = 81) -
 
 
 class Critical(NamedTuple):
-    """Theorem 3: critical points that are not minima. Losses are over ||Y||^2.
+    """Theorem 3: critical points that are not minima. Losses are over ||Y||^2."""
 
-    Attributes:
-      betas: (b,).
-      zero: gradient norm at phi = 0, (b,).
-      orthogonal: gradient norm at features orthogonal to all outputs, over that at random features.
-      orthogonal_loss: loss there.
-      step: lengths of a step from there along a direction that is not orthogonal, (m,).
-      decrease: of the loss by that step, (b, m).
-      slope: exponent of the decrease in the step.
-      partial: gradient norm at features that span one of the two principal outputs, over that at
-        random features. Critical for beta = 0, not for beta > 0.
-      partial_loss: loss there.
-      reached: norm of Y_perp over that of Y after a kernel flow with beta = 0 from a point near the
-        last one, at distance 1e-3.
-    """
-
-    betas: Array
-    zero: Array
+    betas: Array  # (b,)
+    zero: Array  # gradient norm at phi = 0, (b,)
+    # Gradient norm at features orthogonal to all outputs, over that at random features.
     orthogonal: Array
-    orthogonal_loss: Array
-    step: Array
-    decrease: Array
-    slope: Array
+    orthogonal_loss: Array  # loss there
+    step: Array  # lengths of a step from there along a direction that is not orthogonal, (m,)
+    decrease: Array  # of the loss by that step, (b, m)
+    slope: Array  # exponent of the decrease in the step
+    # Gradient norm at features that span one of the two principal outputs, over that at random
+    # features. Critical for beta = 0, not for beta > 0.
     partial: Array
-    partial_loss: Array
+    partial_loss: Array  # loss there
+    # Norm of Y_perp over that of Y after a kernel flow with beta = 0 from a point near the last
+    # one, at distance 1e-3.
     reached: Array
 
 

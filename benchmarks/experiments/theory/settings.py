@@ -15,33 +15,19 @@ Array = jax.Array | np.ndarray
 
 
 class Settings(NamedTuple):
-    """Everything that determines the numbers; with a check's name it is the key of its record.
+    """Everything that determines the numbers; with a check's name it is the key of its record."""
 
-    Attributes:
-      seed: of everything random.
-      num_networks: networks of the gradient identities.
-      num_draws: random features and targets of the pointwise identities.
-      num_starts: flows of the eigenvalues' course.
-      betas: ridge penalties of the flows; the first is 0.
-      horizon: end of the flows with beta > 0.
-      horizon_zero: end of those with beta = 0, which are fast, and stiff at their end.
-      widths: hidden units of the finite networks.
-      num_nets: networks per width.
-      num_steps: gradient steps of the finite networks.
-      step_size: of those steps; their time is `num_steps * step_size`.
-    """
-
-    seed: int = 0
-    num_networks: int = 7
-    num_draws: int = 400
-    num_starts: int = 40
-    betas: tuple[float, ...] = (0.0, 1e-3, 0.1, 1.0)
-    horizon: float = 1e5
-    horizon_zero: float = 30.0
-    widths: tuple[int, ...] = (128, 512, 2048)
-    num_nets: int = 12
-    num_steps: int = 2000
-    step_size: float = 1e-3
+    seed: int = 0  # of everything random
+    num_networks: int = 7  # networks of the gradient identities
+    num_draws: int = 400  # random features and targets of the pointwise identities
+    num_starts: int = 40  # flows of the eigenvalues' course
+    betas: tuple[float, ...] = (0.0, 1e-3, 0.1, 1.0)  # ridge penalties of the flows; the first is 0
+    horizon: float = 1e5  # end of the flows with beta > 0
+    horizon_zero: float = 30.0  # end of those with beta = 0, which are fast, and stiff at their end
+    widths: tuple[int, ...] = (128, 512, 2048)  # hidden units of the finite networks
+    num_nets: int = 12  # networks per width
+    num_steps: int = 2000  # gradient steps of the finite networks
+    step_size: float = 1e-3  # of those steps; their time is `num_steps * step_size`
 
 
 PRESETS: dict[str, Settings] = {

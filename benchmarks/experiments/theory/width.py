@@ -46,36 +46,22 @@ def smooth_targets(x: jax.Array) -> jax.Array:
 
 
 class Wide(NamedTuple):
-    """Networks of one width against the kernel flow from the same initial features.
+    """Networks of one width against the kernel flow from the same initial features."""
 
-    Attributes:
-      width: hidden units.
-      time: (t,).
-      net: norm of Y_perp over that of Y of the first network under gradient descent, (t,).
-      flow: the same of the kernel flow.
-      deviation: largest relative distance of the features on the path, per network.
-      velocity: relative distance of dPhi/dt at the start from Eq. (36) with the kernel of infinite
-        width on the samples' side, per network.
-      left: the same from the best d x d matrix on the features' side, as Eq. (37) has it.
-    """
-
-    width: Array
-    time: Array
-    net: Array
-    flow: Array
-    deviation: Array
+    width: Array  # hidden units
+    time: Array  # (t,)
+    net: Array  # norm of Y_perp over that of Y of the first network under gradient descent, (t,)
+    flow: Array  # the same of the kernel flow
+    deviation: Array  # largest relative distance of the features on the path, per network
+    # Relative distance of dPhi/dt at the start from Eq. (36) with the kernel of infinite width on
+    # the samples' side, per network.
     velocity: Array
-    left: Array
+    left: Array  # the same from the best d x d matrix on the features' side, as Eq. (37) has it
 
 
 @in_float64
 def check_width(
-    seed: int,
-    width: int,
-    num_nets: int,
-    num_steps: int,
-    step_size: float,
-    beta: float = 0.1,
+    seed: int, width: int, num_nets: int, num_steps: int, step_size: float, beta: float = 0.1
 ) -> Wide:
     """Train with full batches on L_star, by `cfll.ridge_loss`, and follow the kernel flow."""
     x = random_inputs(seed)
