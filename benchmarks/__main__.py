@@ -1,56 +1,28 @@
 """The command line: `python -m benchmarks --help`."""
 
 import sys
-from typing import Any
+from collections.abc import Sequence
 
-from benchmarks.runtime import prepare_process
+from benchmarks.core.runtime import prepare_process
 
 
-def main() -> None:
-    """Run one experiment."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one experiment, or write RESULTS.md."""
     prepare_process()
 
     # Only now: these import JAX, and with it libraries that read their settings once.
     import tyro
 
-    from benchmarks.experiments import classification
-    from benchmarks.experiments.bfloat16 import bfloat16
-    from benchmarks.experiments.burgers import burgers
-    from benchmarks.experiments.dfiv import dfiv
-    from benchmarks.experiments.imagenet import imagenet
-    from benchmarks.experiments.landscape import landscape
-    from benchmarks.experiments.numerics import numerics
-    from benchmarks.experiments.quickstart import quickstart
-    from benchmarks.experiments.results import results
-    from benchmarks.experiments.rules import rules
-    from benchmarks.experiments.speed import speed
-    from benchmarks.experiments.theory import theory
-    from benchmarks.experiments.uncertainty import uncertainty
+    from benchmarks.experiments import discover
+    from benchmarks.reporting.results import results
 
-    commands: dict[str, Any] = {
-        "quickstart": quickstart,
-        "landscape": landscape,
-        "burgers": burgers,
-        "dfiv": dfiv,
-        "cifar10": classification.cifar10,
-        "cifar100": classification.cifar100,
-        "sensitivity": classification.sensitivity,
-        "algorithms": classification.algorithms,
-        "ablations": classification.ablations,
-        "imagenet": imagenet,
-        "rules": rules,
-        "theory": theory,
-        "speed": speed,
-        "numerics": numerics,
-        "bfloat16": bfloat16,
-        "uncertainty": uncertainty,
-        "results": results,
-    }
+    commands = {one.name: one.run for one in discover()}
     try:
         tyro.extras.subcommand_cli_from_dict(
-            commands,
+            commands | {"results": results},
             prog="python -m benchmarks",
             description="Experiments with closed-form last layers. See also: <command> --help.",
+            args=arguments,
         )
     except KeyboardInterrupt:
         sys.exit("Stopped. Finished runs are kept: the same command goes on from here.")

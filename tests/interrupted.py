@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.records import Records
+from benchmarks.core.records import Records
 
 
 def stop_and_resume(

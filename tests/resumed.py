@@ -17,9 +17,9 @@ import optax
 import orbax.checkpoint as ocp
 
 import cfll
+from benchmarks.core.optimizers import OPTIMIZERS, cosine_decay
+from benchmarks.core.training import batches
 from benchmarks.models.fno import FNO1d
-from benchmarks.optimizers import OPTIMIZERS, cosine_decay
-from benchmarks.training import batches
 
 STEPS, SAVE_EVERY = 20, 3
 MODEL = FNO1d(width=4, modes=4, depth=2, num_features=8)

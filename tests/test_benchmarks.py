@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import sweep
+from benchmarks.core.records import Records
 from benchmarks.data import burgers
 from benchmarks.experiments import quickstart
 from benchmarks.models.fno import FNO1d
-from benchmarks.records import Records
 
 TINY = burgers.BurgersSettings(num_samples=64, num_points=128, dt=0.02)
 
@@ -73,13 +72,12 @@ def test_the_network_does_not_depend_on_the_resolution():
 
 
 def test_quickstart_runs_and_resumes(tmp_path, monkeypatch):
-    Row = sweep.Row
     rows = (
-        Row("Adam", quickstart.GRADIENT),
-        Row("Adam", quickstart.ALGORITHM_1),
-        Row("Adam", quickstart.RIDGE),
-        Row("Muon", quickstart.GRADIENT),
-        Row("Muon", quickstart.PROXIMAL),
+        ("Adam", quickstart.GRADIENT),
+        ("Adam", "proximal, Alg. 1"),
+        ("Adam", "ridge"),
+        ("Muon", quickstart.GRADIENT),
+        ("Muon", quickstart.PROXIMAL),
     )
     monkeypatch.setattr(quickstart, "ROWS", rows)
     monkeypatch.setattr(quickstart, "MODEL", FNO1d(width=4, modes=4, depth=1, num_features=8))

@@ -14,22 +14,34 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import comparison, joint, methods
+from benchmarks.core import methods, problem, tuner
+from benchmarks.core.comparison import Comparison, Config
+from benchmarks.core.methods import ALGORITHM_1, GRADIENT, PROXIMAL, RIDGE, Method
+from benchmarks.core.records import Records
+from benchmarks.core.runner import Runner
+from benchmarks.core.search import descend, search
 from benchmarks.data import burgers as burgers_data
 from benchmarks.data import tables
 from benchmarks.experiments import (
+    ablations,
+    algorithms,
     bfloat16,
     burgers,
-    classification,
+    cifar,
     dfiv,
-    results,
+    discover,
+    images,
     rules,
+    sensitivity,
     uncertainty,
 )
-from benchmarks.methods import ALGORITHM_1, GRADIENT, PROXIMAL, RIDGE, Method
+from benchmarks.experiments.dfiv import runs, stage2
 from benchmarks.models.cnn import CNN
 from benchmarks.models.fno import FNO1d
-from benchmarks.records import Records
+from benchmarks.reporting import results
+from benchmarks.tasks import burgers as burgers_task
+from benchmarks.tasks import dfiv as dfiv_task
+from benchmarks.tasks import images as images_task
 from cfll import iv
 from tests.interrupted import stop_and_resume
 from tests.test_data import cifar_batch, omniglot_files, write_pickle
@@ -39,19 +51,22 @@ pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compilation")
 TINY_FIELDS = burgers_data.BurgersSettings(num_samples=64, num_points=128, dt=0.02)
 
 
+def command(name):
+    """What `python -m benchmarks <name>` calls."""
+    return next(one.run for one in discover() if one.name == name)
+
+
 @pytest.fixture
 def small_grids(monkeypatch):
     """Two rates and two strengths instead of all."""
-    monkeypatch.setattr(comparison, "RATES", (0.01, 0.03))
     strengths = {"lam": (1.0, 100.0), "beta": (1.0, 100.0), "ratio": (1.0, 3.0)}
-    monkeypatch.setattr(comparison, "STRENGTHS", strengths)
-    monkeypatch.setattr(classification, "STRENGTHS", strengths)
+    monkeypatch.setattr(tuner, "BY_AXES", tuner.Tuner(descend, (0.01, 0.03), strengths))
 
 
 @pytest.fixture
 def tiny_burgers(monkeypatch, small_grids):
     model = FNO1d(width=4, modes=4, depth=1, num_features=8)
-    monkeypatch.setitem(burgers.SIZES, "cpu", burgers.Size(2, (8,), (0, 1), model))
+    monkeypatch.setitem(burgers_task.SIZES, "cpu", burgers_task.Size(2, (8,), (0, 1), model))
     monkeypatch.setattr(
         burgers_data, "load_burgers", partial(burgers_data.load_burgers, settings=TINY_FIELDS)
     )
@@ -71,10 +86,10 @@ def test_burgers_runs_stops_and_resumes(tiny_burgers, tmp_path, monkeypatch, cap
     assert "Our approach outperforms the l2 loss" in " ".join(capsys.readouterr().out.split())
 
     # The key determines the result.
-    config = comparison.Config(tiny_burgers[1], 8, 0.01, 1.0, 0)
-    problem = burgers.make_problem(burgers.SIZES["cpu"], tmp_path, None)
+    config = Config(tiny_burgers[1], 8, 0.01, 1.0, 0)
+    problem = burgers_task.make_problem(burgers_task.SIZES["cpu"], tmp_path)
     old, new = (
-        comparison.Comparison(problem, Records(tmp_path / name)).run(config)
+        Comparison(problem, Runner(Records(tmp_path / name))).run(config)
         for name in ("burgers.jsonl", "again.jsonl")
     )
     np.testing.assert_allclose(new["validation"], old["validation"], rtol=1e-4)
@@ -95,7 +110,7 @@ def test_a_sweep_survives_sigkill(tmp_path):
         """
         import os, signal, sys
         from pathlib import Path
-        from benchmarks.records import Records
+        from benchmarks.core.records import Records
 
         records = Records(Path(sys.argv[1]))
         for run in range(5):
@@ -117,11 +132,12 @@ def test_a_sweep_survives_sigkill(tmp_path):
 
 
 def test_a_diverged_run_is_recorded_as_such(tiny_burgers, tmp_path):
-    problem = burgers.make_problem(burgers.SIZES["cpu"], tmp_path, None)
-    runs = comparison.Comparison(problem, Records(tmp_path / "runs.jsonl"))
-    record = runs.run(comparison.Config(Method("SGD", GRADIENT), 8, 1e30, None, 0))
+    problem = burgers_task.make_problem(burgers_task.SIZES["cpu"], tmp_path)
+    comparison = Comparison(problem, Runner(Records(tmp_path / "runs.jsonl")))
+    config = Config(Method("SGD", GRADIENT), 8, 1e30, None, 0)
+    record = comparison.run(config)
     assert record["validation"][-1] is record["final"] is None
-    outcome = runs.outcome([comparison.Config(Method("SGD", GRADIENT), 8, 1e30, None, 0)], [])
+    outcome = comparison.outcome([config])
     assert np.isinf(outcome.final).all()
 
 
@@ -136,29 +152,29 @@ def tiny_images(monkeypatch, small_grids, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     model = CNN(widths=(4, 8), num_features=16, patch=4)
-    tiny = classification.Size(model, 2, (8,), (0, 1), num_train=40, num_curve=10)
+    tiny = images_task.Size(model, 2, (8,), (0, 1), num_train=40, num_curve=10)
     monkeypatch.setitem(
-        classification.SIZES, ("cifar10", "cpu"), dataclasses.replace(tiny, augmented=True)
+        images_task.SIZES, ("cifar10", "cpu"), dataclasses.replace(tiny, augmented=True)
     )
     many = dataclasses.replace(tiny, model=model.clone(num_outputs=4))
-    monkeypatch.setitem(classification.SIZES, ("omniglot", "cpu"), many)
-    monkeypatch.setattr(classification, "METHODS", classification.PAPERS)
+    monkeypatch.setitem(images_task.SIZES, ("omniglot", "cpu"), many)
+    monkeypatch.setattr(cifar, "METHODS", images.PAPERS)
     return tmp_path
 
 
 def test_classification_commands_share_their_runs(tiny_images, monkeypatch, capsys):
     out = tiny_images / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(classification, "METHODS", classification.PAPERS[:2])
-        classification.cifar10(data=tiny_images, out=out)
+        patch.setattr(cifar, "METHODS", images.PAPERS[:2])
+        command("cifar10")(data=tiny_images, out=out)
     for name in ("cifar10.jsonl", "cifar10.png"):
         assert (out / name).exists()
 
     characters = tiny_images / "images_background_small1"
-    classification.cifar100(data=characters, out=out)
+    command("cifar100")(data=characters, out=out)
     path = out / "omniglot.jsonl"
     trained = len(path.read_text().splitlines())
-    classification.sensitivity(data=characters, out=out)
+    command("sensitivity")(data=characters, out=out)
     assert len(path.read_text().splitlines()) - trained <= 8  # rest of the lines along lam and beta
     assert "within 2 %" in capsys.readouterr().out
     for name in ("sensitivity_omniglot.png", "best_rates_omniglot.png"):
@@ -167,12 +183,12 @@ def test_classification_commands_share_their_runs(tiny_images, monkeypatch, caps
 
 def test_orders_and_ablations(tiny_images, monkeypatch):
     out, characters = tiny_images / "out", tiny_images / "images_background_small1"
-    monkeypatch.setattr(classification, "ORDERS", classification.ORDERS[:2])
-    classification.algorithms(data=characters, out=out)
+    monkeypatch.setattr(algorithms, "ORDERS", algorithms.ORDERS[:2])
+    command("algorithms")(data=characters, out=out)
     assert (out / "algorithms_omniglot.png").exists()
     # The compiled step of a variant takes seconds: one topic instead of three.
-    monkeypatch.setattr(classification, "ABLATIONS", {"bias": classification.ABLATIONS["bias"]})
-    classification.ablations(data=characters, out=out)
+    monkeypatch.setattr(ablations, "TOPICS", {"bias": ablations.TOPICS["bias"]})
+    command("ablations")(data=characters, out=out)
     assert len(list(out.glob("ablation_omniglot_*.png"))) == 2
 
 
@@ -192,7 +208,7 @@ def test_bfloat16_runs_stops_and_resumes(monkeypatch, tmp_path, capsys):
     lines = stop_and_resume(lambda: bfloat16.bfloat16(out=tmp_path), path, monkeypatch)
     assert len(lines) == 4
     assert "within 5 %" in capsys.readouterr().out
-    found = bfloat16.summarize(Records(path), tmp_path)
+    found = bfloat16.summarize(Records(path), tmp_path, "cpu")
     assert [claim.holds for claim in found.claims].count(None) == 0
     assert len(found.tables[0].rows) == 2
 
@@ -217,7 +233,7 @@ def test_uncertainty_runs_stops_and_resumes(monkeypatch, tmp_path, capsys):
     lines = stop_and_resume(run, path, monkeypatch)
     assert len(lines) == 3
     assert "88 to 92 %" in capsys.readouterr().out
-    found = uncertainty.summarize(Records(path), tmp_path)
+    found = uncertainty.summarize(Records(path), tmp_path, "cpu")
     assert [claim.holds for claim in found.claims].count(None) == 0
     assert [len(table.rows) for table in found.tables] == [8, 1]
 
@@ -236,9 +252,9 @@ def test_a_table_is_standardized_by_its_training_rows(tmp_path):
 
 
 def test_rules_runs_stops_and_resumes(tiny_burgers, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(joint, "RATES", (0.01, 0.03))
-    monkeypatch.setattr(joint, "STRENGTHS", {"lam": (1.0, 100.0), "ratio": (0.1, 1.0)})
-    monkeypatch.setattr(joint, "BUDGET", 4)
+    strengths = {"lam": (1.0, 100.0), "ratio": (0.1, 1.0)}
+    small = tuner.Tuner(partial(search, at_most=4), (0.01, 0.03), strengths, 3, 2)
+    monkeypatch.setattr(tuner, "JOINTLY", small)
     path = tmp_path / "rules.jsonl"
     lines = stop_and_resume(
         lambda: rules.rules(optimizers=("SGD",), batch_sizes=(8,), out=tmp_path), path, monkeypatch
@@ -253,7 +269,7 @@ def test_rules_runs_stops_and_resumes(tiny_burgers, tmp_path, monkeypatch, capsy
 def test_a_half_precision_backbone_keeps_parameters_and_head_in_float32():
     model = FNO1d(width=4, modes=4, depth=1, num_features=8)
     inputs, targets = np.ones((2, 16, 2), np.float32), np.ones((2, 16, 1), np.float32)
-    backbone = comparison.network(model, 0, inputs)
+    backbone = problem.network(model, 0, inputs)
     apply = bfloat16.backbone_in("bfloat16", backbone.apply)
     features, _ = apply(backbone.params, backbone.stats, inputs, train=True)
     assert features.dtype == jax.numpy.bfloat16
@@ -267,44 +283,46 @@ def test_a_half_precision_backbone_keeps_parameters_and_head_in_float32():
 
 def test_images_need_a_folder(tmp_path):
     with pytest.raises(SystemExit, match="--data"):
-        classification.cifar10(out=tmp_path)
+        command("cifar10")(out=tmp_path)
     with pytest.raises(FileNotFoundError, match="cifar-10-batches-py"):
-        classification.cifar10(data=tmp_path / "nowhere", out=tmp_path)
+        command("cifar10")(data=tmp_path / "nowhere", out=tmp_path)
 
 
 def test_range_within_follows_the_plateau_around_the_best():
     line = {0.1: 0.5, 1.0: 0.79, 10.0: 0.8, 100.0: 0.6, 1000.0: 0.8}
-    assert classification.range_within(line, 0.02) == (1.0, 10.0)
+    assert sensitivity.range_within(line, 0.02) == (1.0, 10.0)
 
 
 @pytest.fixture
 def tiny_dfiv(monkeypatch):
     for design, factor in (("dsprites", 0.02), ("demand", 0.2)):
-        monkeypatch.setitem(dfiv.SIZES, (design, "cpu"), dfiv.Size(60, 3, (16,), (0, 1), factor))
-    monkeypatch.setattr(dfiv, "RATES", (1e-3,))
-    monkeypatch.setattr(dfiv, "PENALTIES", (100.0, 1000.0))
-    monkeypatch.setattr(dfiv, "NUM_MEASUREMENTS", 3)
-    monkeypatch.setattr(dfiv, "METHODS", (dfiv.PROXIMAL, dfiv.ORIGINAL))
+        size = dfiv_task.Size(60, 3, (16,), (0, 1), factor)
+        monkeypatch.setitem(dfiv_task.SIZES, (design, "cpu"), size)
+    small = runs.TUNER._replace(rates=(1e-3,), strengths={"beta": (100.0, 1000.0)})
+    monkeypatch.setattr(runs, "TUNER", small)
+    monkeypatch.setattr(runs, "NUM_MEASUREMENTS", 3)
+    monkeypatch.setattr(dfiv, "METHODS", (runs.PROXIMAL, runs.ORIGINAL))
 
 
 def test_dfiv_runs_and_resumes(tiny_dfiv, tmp_path, monkeypatch, capsys):
-    names = (*dfiv.METHODS, "DFIV, as published")  # timed in earnest by the command only
-    monkeypatch.setattr(dfiv, "stage2_times", lambda *_: dict.fromkeys(names, (1.0, 2.0, 3.0)))
+    names = (*dfiv.METHODS, stage2.PUBLISHED)  # timed in earnest by the command only
+    monkeypatch.setattr(stage2, "stage2_times", lambda *_: dict.fromkeys(names, (1.0, 2.0, 3.0)))
     dfiv.dfiv(out=tmp_path)
     lines = (tmp_path / "dfiv.jsonl").read_text().splitlines()
     out = " ".join(capsys.readouterr().out.split())
     assert "as published" in out
     assert (tmp_path / "dfiv_dsprites.png").stat().st_size > 10_000
     # Again, from the records alone.
-    found = dfiv.summarize(Records(tmp_path / "dfiv.jsonl"), tmp_path)
+    found = dfiv.summarize(Records(tmp_path / "dfiv.jsonl"), tmp_path, "cpu")
     assert all(claim.holds is not None for claim in found.claims)
     assert len(found.tables[0].rows) == 2
     assert (tmp_path / "dfiv.jsonl").read_text().splitlines() == lines
 
 
 def test_dfiv_trains_with_covariates(tiny_dfiv, tmp_path):
-    runner = dfiv.Runner("demand", dfiv.SIZES["demand", "cpu"], Records(tmp_path / "runs.jsonl"))
-    record = runner.run(dfiv.Config(dfiv.PROXIMAL, 16, 1e-3, 100.0, 100.0, 0))
+    runner = Runner(Records(tmp_path / "runs.jsonl"))
+    config = runs.Config(runs.PROXIMAL, 16, 1e-3, 100.0, 100.0, 0)
+    record = runs.Runs("demand", dfiv_task.SIZES["demand", "cpu"], runner).run(config)
     assert record["rounds"] == [1, 2, 3]
     assert np.isfinite(record["test_refitted"]).all()
     assert np.isfinite(record["test_current"]).all()
@@ -312,15 +330,15 @@ def test_dfiv_trains_with_covariates(tiny_dfiv, tmp_path):
 
 def test_published_stage_2_is_the_original(tiny_dfiv):
     """The transcription that times are compared with takes the same step as `cfll.iv.original`."""
-    task = dfiv.load("demand", 60, 0, None)
-    networks = dfiv.make_networks("demand", 0.2, 0, task.train)
+    task = dfiv_task.load("demand", 60, 0, None)
+    networks = dfiv_task.make_networks("demand", 0.2, 0, task.train)
     sgd = optax.sgd(0.1)
     method = iv.original(
         networks, treatment_optimizer=sgd, instrument_optimizer=sgd, beta1=10.0, beta2=10.0
     )
     state = method.init(task.train)
     ours, loss = jax.jit(method.stage2)(state, task.train, task.train)
-    published = dfiv.published_stage2(networks, sgd, 10.0, 10.0)
+    published = stage2.published_stage2(networks, sgd, 10.0, 10.0)
     theirs, expected = jax.jit(published)(state, task.train, task.train)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     got, want = (

@@ -11,18 +11,19 @@ import pytest
 from PIL import Image
 
 import cfll
+from benchmarks.core.records import Records
 from benchmarks.data import augment, image_folder
 from benchmarks.experiments import imagenet
+from benchmarks.experiments.imagenet import recipe, train
 from benchmarks.models.nfnet import NFNet, standardize
-from benchmarks.records import Records
-from benchmarks.summary import to_markdown
+from benchmarks.reporting.summary import to_markdown
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 CLASSES = ("n01440764", "n01443537", "n02102040")
 COLORS = ((200, 60, 60), (60, 200, 60), (60, 60, 200))
 TINY = NFNet(depths=(1,), widths=(8,), group_width=4, stem=(4,), dtype=jnp.float32)
-SIZES = imagenet.Preset(TINY, 16, 16, batch_size=8, epochs=3, warmup_epochs=1)
+SIZES = recipe.Preset(TINY, 16, 16, batch_size=8, epochs=3, warmup_epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(imagenet.PRESETS, "cpu", SIZES)
+    monkeypatch.setitem(recipe.PRESETS, "cpu", SIZES)
 
 
 class NoProgress:
@@ -239,7 +240,7 @@ def test_clipping_is_unit_wise_and_spares_the_head_decay_spares_gains_and_biases
     grads = jax.tree.map(jnp.zeros_like, params)
     grads["conv"]["kernel"] = grads["conv"]["kernel"].at[..., 0].set(100.0)  # one of two channels
     grads["head"]["kernel"] = jnp.full((4, 3), 100.0)
-    tx = imagenet.sgd(lambda count: 1.0)
+    tx = recipe.sgd(lambda count: 1.0)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     decay, nesterov = 2e-5, 1.9
     steps = jax.tree.map(lambda u: u / -nesterov, updates)
@@ -251,10 +252,10 @@ def test_clipping_is_unit_wise_and_spares_the_head_decay_spares_gains_and_biases
     np.testing.assert_allclose(steps["head"]["bias"], 0)
 
 
-@pytest.mark.parametrize("method", imagenet.CLOSED_FORM)
+@pytest.mark.parametrize("method", recipe.CLOSED_FORM)
 def test_a_closed_form_head_is_the_solution_neither_decayed_nor_clipped(method):
-    plan = imagenet.Plan("cpu", SIZES, 1e4, 0.01, seed=0, data={"train": 24})
-    tx = imagenet.transformation(plan, imagenet.Config(method, 1.6))
+    plan = recipe.Plan("cpu", SIZES, 1e4, 0.01, seed=0, data={"train": 24})
+    tx = recipe.transformation(plan, recipe.Config(method, 1.6))
     rng = np.random.default_rng(0)
     kernel, x, targets = (
         jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((4, 3), (8, 4), (8, 3))
@@ -267,7 +268,7 @@ def test_a_closed_form_head_is_the_solution_neither_decayed_nor_clipped(method):
     update = jax.jit(partial(tx.update, feature_fn=lambda p: x))
     updates, state = update(grads, tx.init(params), params, targets=targets)
     head = cfll.get_head(optax.apply_updates(params, updates), "head")
-    if method == imagenet.RIDGE:
+    if method == recipe.RIDGE:
         expected = cfll.ridge_solve(x, targets, beta=0.01)
     else:
         expected = cfll.prox_solve(x, targets, cfll.get_head(params, "head"), lam=1e4 * 8 / 4096)
@@ -280,7 +281,7 @@ def test_a_closed_form_head_is_the_solution_neither_decayed_nor_clipped(method):
 def test_the_moving_average_warms_up():
     average = {"w": jnp.zeros(())}
     for step in range(3):
-        average = imagenet.moving_average(average, {"w": jnp.ones(())}, jnp.int32(step))
+        average = recipe.moving_average(average, {"w": jnp.ones(())}, jnp.int32(step))
     np.testing.assert_allclose(average["w"], 1 - (1 / 10) * (2 / 11) * (3 / 12), rtol=1e-6)
 
 
@@ -312,14 +313,14 @@ def test_imagenet_runs_and_is_not_repeated(folder, tmp_path, capsys):
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_killed_run_goes_on_to_the_same_parameters(folder, tmp_path):
     splits = image_folder.open_image_folder(folder)
-    plan = imagenet.Plan("cpu", SIZES, 1e4, 0.01, 0, image_folder.fingerprint(splits))
-    config = imagenet.Config(imagenet.PROXIMAL, 1.6)
+    plan = recipe.Plan("cpu", SIZES, 1e4, 0.01, 0, image_folder.fingerprint(splits))
+    config = recipe.Config(recipe.PROXIMAL, 1.6)
     assert plan.num_steps == 9
-    undisturbed, record = imagenet.Runner(plan, splits, tmp_path / "a", 2).run(config, NoProgress())
+    undisturbed, record = train.Trainer(plan, splits, tmp_path / "a", 2).run(config, NoProgress())
     with pytest.raises(KeyboardInterrupt):  # in the middle of the last epoch
-        imagenet.Runner(plan, splits, tmp_path / "b", 2).run(config, NoProgress(steps=7))
+        train.Trainer(plan, splits, tmp_path / "b", 2).run(config, NoProgress(steps=7))
     progress = NoProgress()
-    resumed, again = imagenet.Runner(plan, splits, tmp_path / "b", 2).run(config, progress)
+    resumed, again = train.Trainer(plan, splits, tmp_path / "b", 2).run(config, progress)
     assert progress.num_steps == 3
     for old, new in zip(jax.tree.leaves(undisturbed), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -336,14 +337,14 @@ def test_without_runs_nothing_is_claimed(tmp_path):
 
 
 def test_claims_are_decided_by_the_runs(tmp_path, monkeypatch):
-    monkeypatch.setitem(imagenet.PRESETS, "paper", SIZES)
+    monkeypatch.setitem(recipe.PRESETS, "paper", SIZES)
     records = Records(tmp_path / "imagenet.jsonl")
-    plan = imagenet.Plan("paper", SIZES, 1e4, 0.01, 0, {"classes": 1000, "train": 24, "val": 2})
-    configs = [imagenet.Config(m, r) for m in imagenet.METHODS for r in (1.0, 1.6, 5.0)]
+    plan = recipe.Plan("paper", SIZES, 1e4, 0.01, 0, {"classes": 1000, "train": 24, "val": 2})
+    configs = [recipe.Config(m, r) for m in recipe.METHODS for r in (1.0, 1.6, 5.0)]
     imagenet.announce(records, plan, configs)
     top1 = {"l2": 0.5, "cross entropy": 0.8, "ridge": 0.6, "proximal": 0.7}
     for config in configs:
-        accuracy = top1[config.method] - abs(config.rate - imagenet.RATES[config.method]) / 10
+        accuracy = top1[config.method] - abs(config.rate - recipe.RATES[config.method]) / 10
         result = {"steps": [3], "top1": [accuracy], "ema_top1": [accuracy]}
         result |= {"seconds_per_step": 1.0, "diverged": config.rate == 5.0}
         records.add(plan.key(config), result)

@@ -12,9 +12,8 @@ import pytest
 import scipy.stats
 
 import cfll
-from benchmarks import methods
-from benchmarks.intervals import half_interval
-from benchmarks.methods import (
+from benchmarks.core import methods
+from benchmarks.core.methods import (
     ALGORITHM_1,
     ALGORITHM_2,
     AVERAGE,
@@ -27,7 +26,8 @@ from benchmarks.methods import (
     Hyper,
     Method,
 )
-from benchmarks.tuning import best_of, descend, search
+from benchmarks.core.search import best_of, descend, search
+from benchmarks.reporting.intervals import half_interval
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

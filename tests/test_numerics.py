@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfll
+from benchmarks.core.records import Records
 from benchmarks.experiments import numerics
-from benchmarks.records import Records
+from benchmarks.experiments.numerics import measure, problems
+from benchmarks.experiments.numerics.exact import exact_head
 from cfll.heads import widest_dtype
 from tests.interrupted import stop_and_resume
 from tests.oracles import TIMES as EXAMPLES
@@ -158,7 +160,7 @@ def check(problem, known, solver, head, info):
         if 8 * len(problem[0]) * largest > dtype.max:
             return
         assert solver not in ("auto", "qr"), "NaN, and there is a solution"
-    if not info.rcond >= numerics.SINGULAR * dtype.eps:
+    if not info.rcond >= measure.SINGULAR * dtype.eps:
         return  # flagged
     assert answered, "NaN, and rcond is healthy"
     size = max(
@@ -292,7 +294,7 @@ def test_refinement_of_a_dual_on_a_tall_batch_does_not_diverge():
     weights = np.asarray([1, 1, 0, 0, 0, 0], np.float32)
     got, info = predictions_and_info(features, targets, 1e-12, "dual", sample_weight=weights)
     wrong = np.abs(got - targets)[:2].max() > 1e-2
-    assert not (wrong and info.rcond >= numerics.SINGULAR * np.finfo(np.float32).eps)
+    assert not (wrong and info.rcond >= measure.SINGULAR * np.finfo(np.float32).eps)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -323,8 +325,8 @@ def test_a_chain_of_small_pivots_is_as_singular_as_their_product(wide):
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_exact_reference_is_that_of_qr(n, d, bias):
     problem = make_problem(n, d, 2, bias=bias)
-    exact = numerics.exact_head(
-        numerics.Problem(
+    exact = exact_head(
+        problems.Problem(
             problem.features, problem.targets, problem.kernel, problem.bias, np.float64(problem.lam)
         )
     )
@@ -334,19 +336,19 @@ def test_the_exact_reference_is_that_of_qr(n, d, bias):
 def test_the_exact_reference_has_all_digits():
     # x = 1e12 / (1 + 1e24 lam) for one feature of 1e12: in float64 lam would be lost.
     one, zero = np.ones((1, 1)), np.zeros((1, 1))
-    problem = numerics.Problem(1e12 * one, one, zero, None, np.float64(2.0**-20))
-    np.testing.assert_array_equal(numerics.exact_head(problem), 1 / (1e12 + 2.0**-20 / 1e12) * one)
+    problem = problems.Problem(1e12 * one, one, zero, None, np.float64(2.0**-20))
+    np.testing.assert_array_equal(exact_head(problem), 1 / (1e12 + 2.0**-20 / 1e12) * one)
     twins = np.array([[1, 1], [1, 1 + 2.0**-50]])
-    two = numerics.Problem(twins, np.array([[0.0], [1.0]]), np.zeros((2, 1)), None, np.float64(0))
-    np.testing.assert_array_equal(numerics.exact_head(two), [[-(2.0**50)], [2.0**50]])
+    two = problems.Problem(twins, np.array([[0.0], [1.0]]), np.zeros((2, 1)), None, np.float64(0))
+    np.testing.assert_array_equal(exact_head(two), [[-(2.0**50)], [2.0**50]])
 
 
 @pytest.mark.parametrize("condition", [1, 1e3, 1e9])
 @pytest.mark.parametrize("size", [(20, 5, True), (20, 5, False), (5, 20, True)])
 def test_features_have_the_spectrum_that_was_asked_for(size, condition):
-    size = numerics.Size(*size)
+    size = problems.Size(*size)
     rng = np.random.default_rng(0)
-    features, largest = numerics.with_prescribed_spectrum(rng, size, condition)
+    features, largest = problems.with_prescribed_spectrum(rng, size, condition)
     matrix = np.hstack([features, np.ones((size.n, int(size.bias)))])
     values = np.linalg.svd(matrix, compute_uv=False)[: min(matrix.shape)]
     np.testing.assert_allclose(values[0] / values[-1], condition, rtol=1e-5)
@@ -354,16 +356,16 @@ def test_features_have_the_spectrum_that_was_asked_for(size, condition):
 
 
 def test_the_command_measures_stops_and_resumes(tmp_path, monkeypatch, capsys):
-    tiny = numerics.Settings(
+    tiny = problems.Settings(
         num_seeds=1,
         num_outputs=1,
-        sizes=(("tall", numerics.Size(8, 4, True)), ("wide", numerics.Size(3, 6, True))),
+        sizes=(("tall", problems.Size(8, 4, True)), ("wide", problems.Size(3, 6, True))),
         conditions=(1, 1e6),
         penalties=(0, 1e-4),
         paper_penalties=(1e-2,),
+        dtypes=("float32",),
     )
     monkeypatch.setattr(numerics, "SETTINGS", tiny)
-    monkeypatch.setattr(numerics, "DTYPES", ("float32",))
     path = tmp_path / "numerics.jsonl"
     lines = stop_and_resume(lambda: numerics.numerics(out=tmp_path), path, monkeypatch)
     assert len(lines) == len(numerics.cases(tiny)) * len(numerics.SOLVERS)
@@ -372,17 +374,17 @@ def test_the_command_measures_stops_and_resumes(tmp_path, monkeypatch, capsys):
 
     # Half of the records, as an interrupted run leaves them: what is there is shown.
     path.write_text("\n".join(lines[:7]) + "\n")
-    summary = numerics.summarize(Records(path), tmp_path)
+    summary = numerics.summarize(Records(path), tmp_path, "cpu")
     assert summary.tables[0].rows
-    assert numerics.summarize(Records(tmp_path / "none"), tmp_path).claims[0].holds is None
+    assert numerics.summarize(Records(tmp_path / "none"), tmp_path, "cpu").claims[0].holds is None
 
 
 def test_solvers_err_as_they_should():
-    settings = numerics.Settings(num_seeds=1)
-    case = numerics.Case("float32", numerics.SPECTRUM, numerics.Size(20, 6, True), 1e-4, 1e2)
-    problem = numerics.make_problem(case, settings.num_outputs, 0)
-    exact = numerics.exact_head(problem)
+    settings = problems.Settings(num_seeds=1)
+    case = problems.Case("float32", problems.SPECTRUM, problems.Size(20, 6, True), 1e-4, 1e2)
+    problem = problems.make_problem(case, settings.num_outputs, 0)
+    exact = exact_head(problem)
     for solver in ("auto", "primal", "dual", "qr"):
-        assert numerics.measure(problem, exact, solver)["head"] < 1e-4
-    wrong = numerics.measure(problem, exact * 1.1, "qr")
+        assert measure.measure(problem, exact, solver)["head"] < 1e-4
+    wrong = measure.measure(problem, exact * 1.1, "qr")
     np.testing.assert_allclose(wrong["head"], 1 / 11, rtol=1e-2)

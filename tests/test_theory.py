@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.core.records import Records
 from benchmarks.experiments import landscape, theory
-from benchmarks.records import Records
+from benchmarks.experiments.theory import flow, width
+from benchmarks.experiments.theory import settings as theory_settings
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 BETAS = (0.0, 0.1)
 SMALL = {
-    theory: theory.Settings(
+    theory: theory_settings.Settings(
         num_networks=1,
         num_draws=50,
         num_starts=6,
@@ -70,7 +72,7 @@ def test_commands_end_to_end(module, folder, monkeypatch):
     lines = log.read_text().splitlines()
     assert "NaN" not in log.read_text()
     shown = []
-    monkeypatch.setattr(module, "show", lambda console, summary: shown.append(summary))
+    monkeypatch.setattr(module, "show", lambda summary: shown.append(summary))
     getattr(module, log.stem)("cpu", folder)  # again: everything is there
     assert log.read_text().splitlines() == lines
     (summary,) = shown
@@ -165,10 +167,10 @@ def test_the_proximal_step_is_a_collapsed_kalman_update(runs):
 
 
 def test_the_kernels_are_those_of_a_wide_network(x64):
-    x = theory.random_inputs(0)
-    exact = theory.wide_kernels(x)
-    params = theory.init_wide(jax.random.key(1), 20_000)
-    jacobian = jax.jacobian(lambda p: theory.wide_features(p, x)[:, 0])(params)
+    x = flow.random_inputs(0)
+    exact = flow.wide_kernels(x)
+    params = width.init_wide(jax.random.key(1), 20_000)
+    jacobian = jax.jacobian(lambda p: width.wide_features(p, x)[:, 0])(params)
     rows = np.concatenate([np.reshape(leaf, (len(x), -1)) for leaf in jacobian.values()], 1)
     np.testing.assert_allclose(rows @ rows.T, exact.ntk, rtol=0.1, atol=0.1)
     for kernel in exact:

@@ -27,30 +27,14 @@ _LARGEST_MAGNITUDE = 10
 
 
 def normalize(images: Any) -> Any:
-    """Pixels of about zero mean and variance one.
-
-    Args:
-      images: uint8, (..., 3), of NumPy or JAX.
-
-    Returns:
-      float32, the same shape, of the same library.
-    """
+    """uint8 pixels (..., 3), of NumPy or JAX, as float32 of about zero mean and variance one."""
     return (images.astype(np.float32) - MEAN) / STD
 
 
 def soft_targets(
     labels: np.ndarray, num_classes: int, smoothing: float = LABEL_SMOOTHING
 ) -> np.ndarray:
-    """One-hot targets that leave a share `smoothing` to all classes alike.
-
-    Args:
-      labels: numbers of classes, (n,).
-      num_classes: o.
-      smoothing: from 0 to 1.
-
-    Returns:
-      float32, (n, o); rows sum to one.
-    """
+    """One-hot targets (n, o) that leave a share `smoothing` to all classes alike."""
     targets = np.full((len(labels), num_classes), smoothing / num_classes, np.float32)
     targets[np.arange(len(labels)), labels] += 1 - smoothing
     return targets
@@ -59,18 +43,10 @@ def soft_targets(
 def mix(
     images: np.ndarray, targets: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mixup on the first half of a batch, cutmix on the second.
+    """Mixup on the first half of a batch, cutmix on the second; images are uint8, targets (n, o).
 
     Partners come from the same half. (The reference draws a second batch for them: the same
     distribution of pairs, at twice the reading.)
-
-    Args:
-      images: uint8, (n, height, width, 3).
-      targets: float32, (n, o).
-      rng: of this batch.
-
-    Returns:
-      Mixed images and targets, same shapes and types.
     """
     half = len(images) // 2
     halves = mixup(images[:half], targets[:half], rng), cutmix(images[half:], targets[half:], rng)
@@ -79,10 +55,7 @@ def mix(
 
 
 def mixup(
-    images: np.ndarray,
-    targets: np.ndarray,
-    rng: np.random.Generator,
-    alpha: float = MIXUP_ALPHA,
+    images: np.ndarray, targets: np.ndarray, rng: np.random.Generator, alpha: float = MIXUP_ALPHA
 ) -> tuple[np.ndarray, np.ndarray]:
     """Blend every image, and its target, with the next one's, each with a share from Beta(a, a).
 
@@ -126,15 +99,8 @@ def rand_augment(
 ) -> Image.Image:
     """Apply operations drawn from a list, one after the other (Cubuk et al., 2020).
 
-    Args:
-      image: RGB.
-      rng: of this image.
-      layers: how many operations.
-      magnitude: of all of them, from 0 to 10. Color, contrast, brightness and sharpness change
-        nothing at 5, as in the reference.
-
-    Returns:
-      An image of the same size.
+    The magnitude is from 0 to 10. Color, contrast, brightness and sharpness change nothing at 5, as
+    in the reference.
     """
     for index in rng.integers(len(OPERATIONS), size=layers):
         image = OPERATIONS[index](image, magnitude / _LARGEST_MAGNITUDE, rng)

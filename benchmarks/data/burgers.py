@@ -30,33 +30,21 @@ MAT_SOURCE = "https://github.com/neuraloperator/neuraloperator (data sets of the
 
 
 class BurgersSettings(NamedTuple):
-    """Everything that determines the data; it is the key of the cache.
+    """Everything that determines the data; it is the key of the cache."""
 
-    Attributes:
-      num_samples: number of initial states.
-      seed: of the initial states, independent of any training seed.
-      viscosity: nu.
-      num_points: points (and so twice the modes) of the solver's grid.
-      dt: time step. The fourth-order steps leave an error of 1e-8 at 0.01, float32 one of 5e-7.
-    """
-
-    num_samples: int = 2048
-    seed: int = 0
-    viscosity: float = 0.1
-    num_points: int = 512
+    num_samples: int = 2048  # number of initial states
+    seed: int = 0  # of the initial states, independent of any training seed
+    viscosity: float = 0.1  # nu
+    num_points: int = 512  # points (and so twice the modes) of the solver's grid
+    # Time step. The fourth-order steps leave an error of 1e-8 at 0.01, float32 one of 5e-7.
     dt: float = 0.01
 
 
 class Fields(NamedTuple):
-    """Pairs of functions on one grid.
+    """Pairs of functions on one grid."""
 
-    Attributes:
-      initial: u(x, 0), shape (samples, points).
-      final: u(x, 1), shape (samples, points).
-    """
-
-    initial: np.ndarray
-    final: np.ndarray
+    initial: np.ndarray  # u(x, 0), shape (samples, points)
+    final: np.ndarray  # u(x, 1), shape (samples, points)
 
 
 class Splits(NamedTuple):
@@ -75,13 +63,8 @@ def load_burgers(
 ) -> Splits:
     """The three splits, generated on the first call and read from `cache_folder` afterwards.
 
-    Args:
-      cache_folder: folder of the cache, made if it is not there.
-      settings: what to generate; of no effect with `mat`.
-      mat: the paper's file, see `read_mat`; nothing is generated or cached then.
-
-    Returns:
-      Training and validation fields on 256 points, test fields on 8192 points, float32.
+    With the paper's file `mat` nothing is generated or cached. Training and validation fields are
+    on 256 points, test fields on 8192, float32.
     """
     if mat is not None:
         return split(read_mat(mat))
@@ -101,18 +84,11 @@ def load_burgers(
 
 
 def read_mat(path: Path) -> Fields:
-    """The paper's data, from MATLAB's format 5, or 7.3 if h5py is installed.
+    """The paper's `burgers_data_R10.mat`, of MATLAB's format 5, or 7.3 if h5py is installed.
 
-    Args:
-      path: `burgers_data_R10.mat`, or the folder that it is in.
-
-    Returns:
-      Fields on the points of the file, (2048, 8192) in the original, float32.
-
-    Raises:
-      FileNotFoundError: the file is not there.
-      ImportError: it is of format 7.3, and h5py is not installed.
-      ValueError: it does not hold `a` and `u` of one shape (samples, points).
+    Returns fields on the points of the file, (2048, 8192) in the original. Raises
+    FileNotFoundError, ImportError (format 7.3 without h5py) or ValueError (not `a` and `u` of one
+    shape).
     """
     if path.suffix != ".mat":
         path = path / MAT_FILE
@@ -160,8 +136,7 @@ def split(fields: Fields) -> Splits:
 def initial_states(settings: BurgersSettings) -> np.ndarray:
     """Gaussian random fields with spectrum 25 / ((2 pi k)^2 + 25), k >= 1, without a mean.
 
-    Returns:
-      u(x, 0) on the solver's grid, shape (samples, points), of variance 0.35.
+    u(x, 0) on the solver's grid, (samples, points), of variance 0.35.
     """
     num_points = settings.num_points
     k = np.arange(1, num_points // 2)
@@ -174,11 +149,7 @@ def initial_states(settings: BurgersSettings) -> np.ndarray:
 
 
 def solve_burgers(settings: BurgersSettings) -> Fields:
-    """Solve from t = 0 to 1 with exponential time differencing (ETDRK4), dealiased.
-
-    Returns:
-      Fields on the solver's grid, float32.
-    """
+    """Solve from t = 0 to 1 with exponential time differencing (ETDRK4), dealiased; float32."""
     stepper = exponax.stepper.Burgers(
         num_spatial_dims=1,
         domain_extent=DOMAIN,

@@ -22,43 +22,23 @@ deviation is the mean of those within an image; that of all pixels is 1.2 times 
 
 
 class Images(NamedTuple):
-    """Images with their class.
+    """Images with their class."""
 
-    Attributes:
-      images: (n, 32, 32, 3) uint8, red, green, blue.
-      labels: (n,) int32.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray  # (n, 32, 32, 3) uint8, red, green, blue
+    labels: np.ndarray  # (n,) int32
 
 
 class Cifar(NamedTuple):
-    """The three parts.
+    """The three parts."""
 
-    Attributes:
-      train: 80 % of the official training set.
-      validation: the other 20 %.
-      test: the official test set.
-      names: of the classes; their number is o.
-    """
-
-    train: Images
-    validation: Images
-    test: Images
-    names: tuple[str, ...]
+    train: Images  # 80 % of the official training set
+    validation: Images  # the other 20 %
+    test: Images  # the official test set
+    names: tuple[str, ...]  # of the classes; their number is o
 
 
 def load_cifar10(folder: Path, seed: int = 0) -> Cifar:
-    """CIFAR-10: 40,000 / 10,000 / 10,000 images of 10 classes.
-
-    Args:
-      folder: `cifar-10-batches-py`, or the folder that it is in.
-      seed: which training images validate.
-
-    Raises:
-      FileNotFoundError: a file is missing.
-    """
+    """CIFAR-10: 40,000 / 10,000 / 10,000 images of 10 classes; the seed splits."""
     folder = _inner(folder, "cifar-10-batches-py")
     batches = [_read(folder / f"data_batch_{i}", b"labels") for i in range(1, 6)]
     train = Images(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
@@ -67,42 +47,19 @@ def load_cifar10(folder: Path, seed: int = 0) -> Cifar:
 
 
 def load_cifar100(folder: Path, seed: int = 0) -> Cifar:
-    """CIFAR-100 with its fine labels: 40,000 / 10,000 / 10,000 images of 100 classes.
-
-    Args:
-      folder: `cifar-100-python`, or the folder that it is in.
-      seed: which training images validate.
-
-    Raises:
-      FileNotFoundError: a file is missing.
-    """
+    """CIFAR-100 with its fine labels: 40,000 / 10,000 / 10,000 images of 100 classes."""
     folder = _inner(folder, "cifar-100-python")
     train, test = (_read(folder / name, b"fine_labels") for name in ("train", "test"))
     return _split(train, test, _names(folder / "meta", b"fine_label_names"), seed)
 
 
 def normalize(images: np.ndarray) -> np.ndarray:
-    """Subtract the mean and divide by the deviation of each channel.
-
-    Args:
-      images: (..., 3) uint8.
-
-    Returns:
-      The same shape, float32.
-    """
+    """Subtract the mean and divide by the deviation of each channel of uint8 images (..., 3)."""
     return images * (1 / (255 * STD)) - MEAN / STD
 
 
 def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shift by up to 4 pixels in both directions, black from outside, and mirror half of them.
-
-    Args:
-      images: (n, height, width, channels), any type; not changed.
-      rng: the state of it is advanced.
-
-    Returns:
-      The same shape and type.
-    """
+    """Shift by up to 4 pixels in both directions, black from outside, and mirror half of them."""
     n, height, width, _ = images.shape
     padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
     top, left = rng.integers(0, 9, (2, n))

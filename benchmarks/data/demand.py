@@ -17,33 +17,20 @@ NUM_VALIDATION = 400
 
 
 class Train(NamedTuple):
-    """What is observed, all float32.
+    """What is observed, all float32."""
 
-    Attributes:
-      treatment: price, (n, 1).
-      covariate: time and customer type, (n, 2).
-      instrument: cost, time and customer type, (n, 3).
-      outcome: sales, (n, 1).
-    """
-
-    treatment: np.ndarray
-    covariate: np.ndarray
-    instrument: np.ndarray
-    outcome: np.ndarray
+    treatment: np.ndarray  # price, (n, 1)
+    covariate: np.ndarray  # time and customer type, (n, 2)
+    instrument: np.ndarray  # cost, time and customer type, (n, 3)
+    outcome: np.ndarray  # sales, (n, 1)
 
 
 class Grid(NamedTuple):
-    """Points where the truth is known, float32.
+    """Points where the truth is known, float32."""
 
-    Attributes:
-      treatment: price, (n, 1).
-      covariate: time and customer type, (n, 2).
-      structural: f, (n, 1).
-    """
-
-    treatment: np.ndarray
-    covariate: np.ndarray
-    structural: np.ndarray
+    treatment: np.ndarray  # price, (n, 1)
+    covariate: np.ndarray  # time and customer type, (n, 2)
+    structural: np.ndarray  # f, (n, 1)
 
 
 class DemandData(NamedTuple):
@@ -65,13 +52,7 @@ def structural(p: np.ndarray, t: np.ndarray, s: np.ndarray) -> np.ndarray:
 
 
 def sample(num_samples: int, seed: int, rho: float = 0.5) -> Train:
-    """Draw observations.
-
-    Args:
-      num_samples: n.
-      seed: of everything drawn.
-      rho: correlation of the noise in price and in sales, -1 to 1.
-    """
+    """Draw observations; rho is the correlation of the noise in price and in sales, -1 to 1."""
     if not -1 <= rho <= 1:
         raise ValueError(f"rho is a correlation, between -1 and 1, not {rho}.")
     rng = np.random.default_rng(seed)
@@ -89,16 +70,9 @@ def sample(num_samples: int, seed: int, rho: float = 0.5) -> Train:
 
 
 def make_demand(num_train: int, seed: int, rho: float = 0.5) -> DemandData:
-    """Draw observations; the grid and its split are the same for every seed.
+    """Draw observations (Xu et al.: 1000, 5000, 10,000); grid and split are the same for all seeds.
 
-    Args:
-      num_train: number of observations (Xu et al.: 1000, 5000, 10,000).
-      seed: of the observations.
-      rho: correlation of the noise in price and in sales (Xu et al.: .1, .25, .5, .75, .9).
-
-    Returns:
-      Training data, and the grid of 20 prices x 20 times x 7 types as 400 points to validate and
-      2400 to test on.
+    The grid of 20 prices x 20 times x 7 types is 400 points to validate and 2400 to test on.
     """
     axes = np.meshgrid(
         np.linspace(10, 25, 20), np.linspace(0, 10, 20), np.arange(1, 8), indexing="ij"

@@ -40,41 +40,27 @@ They are 0 or 1. Pixels are in reading order (row * 64 + column, rows from the t
 
 
 class Outcome(NamedTuple):
-    """How the outcome comes about.
+    """How the outcome comes about."""
 
-    Attributes:
-      structural: f, what is to be learned; images (n, 4096) -> (n, 1).
-      confounder: what the hidden variable adds; classes of posY (n,) -> (n,).
-    """
-
+    # F, what is to be learned; images (n, 4096) -> (n, 1).
     structural: Callable[[np.ndarray], np.ndarray]
+    # What the hidden variable adds; classes of posY (n,) -> (n,).
     confounder: Callable[[np.ndarray], np.ndarray]
 
 
 class Train(NamedTuple):
-    """What is observed, all float32.
+    """What is observed, all float32."""
 
-    Attributes:
-      treatment: X, noisy images, (n, 4096).
-      instrument: Z, values of scale, orientation and posX, (n, 3).
-      outcome: Y, (n, 1).
-    """
-
-    treatment: np.ndarray
-    instrument: np.ndarray
-    outcome: np.ndarray
+    treatment: np.ndarray  # X, noisy images, (n, 4096)
+    instrument: np.ndarray  # Z, values of scale, orientation and posX, (n, 3)
+    outcome: np.ndarray  # Y, (n, 1)
 
 
 class Grid(NamedTuple):
-    """Clean images and the truth, float32.
+    """Clean images and the truth, float32."""
 
-    Attributes:
-      treatment: images, (n, 4096).
-      structural: f of the images, (n, 1).
-    """
-
-    treatment: np.ndarray
-    structural: np.ndarray
+    treatment: np.ndarray  # images, (n, 4096)
+    structural: np.ndarray  # f of the images, (n, 1)
 
 
 class IVData(NamedTuple):
@@ -86,14 +72,9 @@ class IVData(NamedTuple):
 
 
 def latent_values(classes: np.ndarray) -> np.ndarray:
-    """Values of the latents.
+    """Values of the latents of classes (scale, orientation, posX, posY), (n, 4), float64.
 
-    Args:
-      classes: scale, orientation, posX and posY as class numbers, (n, 4).
-
-    Returns:
-      Scale .5 to 1, orientation 0 to 2 pi (both ends are classes), positions 0 to 1; (n, 4),
-      float64.
+    Scale .5 to 1, orientation 0 to 2 pi (both ends are classes), positions 0 to 1.
     """
     lowest = np.array([0.5, 0, 0, 0])
     highest = np.array([1, 2 * np.pi, 1, 1])
@@ -141,16 +122,10 @@ def _inside(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def read_hearts(path: Path) -> Hearts:
-    """Hearts of the official file.
+    """Hearts of the official .npz, or of the folder that it is in.
 
-    The images are streamed and kept as bits, 126 MB: unpacked, the file is 3 GB.
-
-    Args:
-      path: the .npz, or the folder that it is in.
-
-    Raises:
-      FileNotFoundError: the file is not there.
-      ValueError: (from the returned function) the file does not have the images asked for.
+    The images are streamed and kept as bits, 126 MB: unpacked, the file is 3 GB. Raises
+    FileNotFoundError; the returned function ValueError if the images asked for are not there.
     """
     if path.suffix != ".npz":
         path = path / FILE
@@ -191,8 +166,7 @@ def _paper_structural(images: np.ndarray) -> np.ndarray:
 
 
 PAPER = Outcome(
-    structural=_paper_structural,
-    confounder=lambda pos_y: 32 * (pos_y / (CLASSES[3] - 1) - 0.5),
+    structural=_paper_structural, confounder=lambda pos_y: 32 * (pos_y / (CLASSES[3] - 1) - 0.5)
 )
 """Equations (46) and (47): f = ((vec(B)^T X)^2 - 3000) / 500, confounder 32 (posY - 0.5)."""
 
@@ -200,8 +174,7 @@ PAPER = Outcome(
 def original_outcome(path: Path) -> Outcome:
     """The outcome of Xu et al. (2020): f = (mean_k (A_k X)^2 - 5000) / 1000, nearly constant.
 
-    Args:
-      path: dsprite_mat.npy, the matrix A of shape (4096, 10).
+    The path is of dsprite_mat.npy, the matrix A of shape (4096, 10).
     """
     source = "https://github.com/liyuan9988/DeepFeatureIV (data/dsprite_mat.npy)"
     matrix = np.load(require(path, "the matrix A as .npy, shape (4096, 10)", source))
@@ -213,16 +186,10 @@ def original_outcome(path: Path) -> Outcome:
 
 
 def make_iv(num_train: int, seed: int, hearts: Hearts, outcome: Outcome = PAPER) -> IVData:
-    """Draw observations; the grid and its split are the same for every seed.
+    """Draw observations (the paper: 10,000); the grid and its split are the same for every seed.
 
-    Args:
-      num_train: number of observations (the paper: 10,000).
-      seed: of latents and noise.
-      hearts: the images, `read_hearts(path)` or `render_hearts()`.
-      outcome: how Y comes about.
-
-    Returns:
-      Training data, and 588 clean images of the grid as 100 to validate and 488 to test on.
+    Hearts are `read_hearts(path)` or `render_hearts()`. The grid is 588 clean images: 100 to
+    validate and 488 to test on.
     """
     rng = np.random.default_rng(seed)
     classes = rng.integers(CLASSES, size=(num_train, 4))

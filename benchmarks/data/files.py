@@ -9,14 +9,7 @@ from pathlib import Path
 def require(path: Path, layout: str, source: str) -> Path:
     """The path, if there is something at it.
 
-    Args:
-      path: a file or a folder.
-      layout: what is expected there, in one phrase.
-      source: where the public copy is described.
-
-    Raises:
-      FileNotFoundError: it is not there; the message names the file, its layout, its source and the
-        option `--data`.
+    Else a FileNotFoundError that names the file, its layout, its source and the option `--data`.
     """
     if not path.exists():
         raise FileNotFoundError(

@@ -33,43 +33,25 @@ T = TypeVar("T")
 
 
 class Images(NamedTuple):
-    """The files of a split.
+    """The files of a split."""
 
-    Attributes:
-      files: paths as strings; a million `Path`s would take half a gigabyte.
-      labels: numbers of their classes, int32, (files,).
-    """
-
-    files: list[str]
-    labels: np.ndarray
+    files: list[str]  # paths as strings; a million `Path`s would take half a gigabyte
+    labels: np.ndarray  # numbers of their classes, int32, (files,)
 
 
 class Splits(NamedTuple):
-    """What a folder holds.
+    """What a folder holds."""
 
-    Attributes:
-      train, val: the two official splits.
-      classes: names by number.
-    """
-
-    train: Images
+    train: Images  # train, val: the two official splits
     val: Images
-    classes: list[str]
+    classes: list[str]  # names by number
 
 
 def open_image_folder(folder: Path | None) -> Splits:
-    """List the images of a folder; reads no image.
+    """Files and labels of the folders `train` and `val`, by class and name; reads no image.
 
-    Args:
-      folder: holds the folders `train` and `val`.
-
-    Returns:
-      Files and labels, sorted by class and name.
-
-    Raises:
-      FileNotFoundError: if the folder or images are missing; names the place, the layout and
-        `--data`.
-      ValueError: if `val` has classes that `train` has not.
+    Raises FileNotFoundError, which names the place, the layout and `--data`, and ValueError if
+    `val` has classes that `train` has not.
     """
     if folder is None:
         raise FileNotFoundError(f"No images given: pass --data FOLDER, where FOLDER has {LAYOUT}.")
@@ -110,16 +92,7 @@ def train_batches(
 ) -> Iterator[Batch]:
     """One epoch, shuffled, randomly cropped and flipped; the remainder is left out.
 
-    Args:
-      images: the split.
-      size: width and height of the crops, in pixels.
-      batch_size: images per batch.
-      seed: of order, crops and flips.
-      epoch: the same; every epoch has its own.
-      workers: reading threads.
-
-    Yields:
-      Pixels, uint8, (batch, size, size, 3), and labels, int32, (batch,).
+    Pixels, uint8, (batch, size, size, 3), and labels, int32, (batch,); seed and epoch decide all.
     """
 
     def read(index: int) -> np.ndarray:
@@ -137,15 +110,7 @@ def train_batches(
 def eval_batches(images: Images, *, size: int, batch_size: int, workers: int) -> Iterator[Batch]:
     """Every image once, its centre, in order.
 
-    Args:
-      images: the split.
-      size: width and height, in pixels.
-      batch_size: images per batch; the last batch is filled with blank images of label `PADDING`,
-        so that all have one shape.
-      workers: reading threads.
-
-    Yields:
-      As `train_batches`.
+    The last batch is filled with blank images of label `PADDING`, so that all have one shape.
     """
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(images.files), batch_size):
@@ -173,18 +138,10 @@ def prefetch(items: Iterable[T], ahead: int = 2) -> Iterator[T]:
 
 
 def read_box(file: str, box_of: Callable[[int, int], Box], size: int) -> np.ndarray:
-    """Cut a box out of an image and scale it, bicubically.
+    """Cut a box out of an image and scale it, bicubically; uint8, (size, size, 3).
 
-    Args:
-      file: of an image.
-      box_of: width and height of the image, in pixels -> what to cut out.
-      size: width and height of the result, in pixels.
-
-    Returns:
-      Pixels, uint8, (size, size, 3).
-
-    Raises:
-      OSError: if this is not an image; names the file.
+    box_of: width and height of the image, in pixels -> what to cut out. Raises OSError, with the
+    file's name, if this is not an image.
     """
     try:
         with Image.open(file) as image:

@@ -19,21 +19,13 @@ DOMAIN = 32.0
 
 
 class KdVSettings(NamedTuple):
-    """Everything that determines the data.
+    """Everything that determines the data."""
 
-    Attributes:
-      num_samples: number of initial states.
-      seed: of the initial states.
-      num_modes: waves in an initial state, with amplitudes that fall like exp(-(k / 4)^2).
-      num_points: points of the solver's grid; every second one is kept.
-      dt: time step.
-    """
-
-    num_samples: int = 1624
-    seed: int = 0
-    num_modes: int = 8
-    num_points: int = 256
-    dt: float = 0.005
+    num_samples: int = 1624  # number of initial states
+    seed: int = 0  # of the initial states
+    num_modes: int = 8  # waves in an initial state, with amplitudes that fall like exp(-(k / 4)^2)
+    num_points: int = 256  # points of the solver's grid; every second one is kept
+    dt: float = 0.005  # time step
 
 
 DEFAULTS = KdVSettings()

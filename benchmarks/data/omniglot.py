@@ -28,45 +28,24 @@ DRAWING = re.compile(r"([^/]+)/([^/]+)/\d+_(\d+)\.png$")
 
 
 class Drawings(NamedTuple):
-    """Drawings with their class.
+    """Drawings with their class."""
 
-    Attributes:
-      images: ink 1, paper 0, (n, 28, 28, 1) float32.
-      labels: class, (n,) int32.
-      drawer: 0 .. 19 within an alphabet, (n,) int32.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    drawer: np.ndarray
+    images: np.ndarray  # ink 1, paper 0, (n, 28, 28, 1) float32
+    labels: np.ndarray  # class, (n,) int32
+    drawer: np.ndarray  # 0 .. 19 within an alphabet, (n,) int32.
 
 
 class Omniglot(NamedTuple):
-    """The three parts.
+    """The three parts."""
 
-    Attributes:
-      train: 12 drawings of each class.
-      validation: 4 drawings of each class.
-      test: 4 drawings of each class.
-      names: of the classes, "Alphabet/characterNN"; their number is o.
-    """
-
-    train: Drawings
-    validation: Drawings
-    test: Drawings
-    names: tuple[str, ...]
+    train: Drawings  # 12 drawings of each class
+    validation: Drawings  # 4 drawings of each class
+    test: Drawings  # 4 drawings of each class
+    names: tuple[str, ...]  # of the classes, "Alphabet/characterNN"; their number is o
 
 
 def load_omniglot(path: Path, seed: int = 0) -> Omniglot:
-    """All characters found, split by drawer.
-
-    Args:
-      path: a .zip, an extracted folder, or a folder that holds several of them.
-      seed: which drawers go where.
-
-    Raises:
-      FileNotFoundError: nothing at the path, or no drawings in it.
-    """
+    """All characters in a .zip, an extracted folder or a folder of several, split by drawer."""
     drawings, names = read_omniglot(path)
     order = np.random.default_rng(seed).permutation(NUM_DRAWERS)
 
@@ -82,9 +61,6 @@ def read_omniglot(path: Path) -> tuple[Drawings, tuple[str, ...]]:
 
     The official sets overlap: small1 and small2 share two alphabets, Greek and Latin, file by file.
     A character is known by its alphabet and number, so it is one class however often it is found.
-
-    Args:
-      path: as in `load_omniglot`.
     """
     require(path, LAYOUT, SOURCE)
     # By class and drawer: a drawing that two archives have is decoded once.

@@ -24,28 +24,14 @@ SOURCE = (
 
 
 class Rows(NamedTuple):
-    """Standardized by the training rows.
+    """Standardized by the training rows."""
 
-    Attributes:
-      inputs: (n, columns) float32, cut at 10 standard deviations.
-      targets: (n, o) float32.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
+    inputs: np.ndarray  # (n, columns) float32, cut at 10 standard deviations
+    targets: np.ndarray  # (n, o) float32
 
 
 def load_table(folder: Path, name: TableName, seed: int) -> tuple[Rows, Rows]:
-    """Four fifths of the rows for training, and the others.
-
-    Args:
-      folder: where <name>.csv is.
-      name: of the table.
-      seed: of the split.
-
-    Raises:
-      FileNotFoundError: it is not there.
-    """
+    """Four fifths of the rows of <name>.csv for training, and the others."""
     path = require(folder / f"{name}.csv", LAYOUT, SOURCE)
     values = np.genfromtxt(path, delimiter=",", skip_header=1)
     values = values[~np.isnan(values).any(axis=1)]

@@ -4,12 +4,10 @@ The quickstart's network, data, schedule and best rates, with parameters of the 
 cast to bfloat16 in every forward pass: parameters and optimizer stay in float32, features and their
 gradients have three digits. The head is in float32. Every trained network is also measured in
 the other precision, which tells what training in bfloat16 costs from what computing in it costs.
-
-Top of the benchmarks: one experiment, one command.
 """
 
-import time
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -17,41 +15,36 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
-from benchmarks import methods, summary, training
-from benchmarks.comparison import Data, measurement, network
+from benchmarks.core import methods
+from benchmarks.core.comparison import Comparison, Config
+from benchmarks.core.methods import EQUATION_17, GRADIENT, HEAD, PROXIMAL, Method, State
+from benchmarks.core.optimizers import OPTIMIZERS
+from benchmarks.core.problem import Data, Problem
+from benchmarks.core.records import Record, Records
+from benchmarks.core.runner import running
+from benchmarks.core.training import measurement
 from benchmarks.data import burgers as data
-from benchmarks.experiments.burgers import load
-from benchmarks.findings import mean_and_interval
-from benchmarks.methods import EQUATION_17, GRADIENT, HEAD, PROXIMAL, Batch, Hyper, Method, State
+from benchmarks.experiments import Experiment
 from benchmarks.models.fno import FNO1d
-from benchmarks.optimizers import OPTIMIZERS
-from benchmarks.progress import SweepProgress
-from benchmarks.records import Record, Records
-from cfll.networks import ApplyFn
+from benchmarks.reporting.comparisons import mean_and_interval
+from benchmarks.reporting.summary import Claim, Summary, Table, show
+from benchmarks.tasks import burgers
+from cfll.networks import ApplyFn, Backbone
 
 Precision = Literal["float32", "bfloat16"]
 SINGLE, HALF = PRECISIONS = get_args(Precision)
 
 
 class Settings(NamedTuple):
-    """What is trained.
+    """What is trained."""
 
-    Attributes:
-      epochs: passes over the training functions.
-      batch_size: functions per step.
-      lam: the proximal coefficient.
-      num_seeds: of initialization and shuffling.
-      model: the network.
-      rates: (optimizer, head) -> learning rate: the best ones of `quickstart --repeats 3`.
-    """
-
-    epochs: int = 10
-    batch_size: int = 32
-    lam: float = 10.0
-    num_seeds: int = 5
-    model: FNO1d = FNO1d()
+    epochs: int = 10  # passes over the training functions
+    batch_size: int = 32  # functions per step
+    lam: float = 10.0  # the proximal coefficient
+    num_seeds: int = 5  # of initialization and shuffling
+    model: FNO1d = FNO1d()  # the network
+    # (optimizer, head) -> learning rate: the best ones of `quickstart --repeats 3`
     rates: tuple[tuple[str, str, float], ...] = (
         ("SGD", GRADIENT, 0.035),
         ("SGD", PROXIMAL, 0.14),
@@ -85,12 +78,27 @@ def backbone_in(precision: Precision, apply: ApplyFn) -> ApplyFn:
     return in_half
 
 
-# Running ------------------------------------------------------------------------------------------
+def problem_in(precision: Precision, settings: Settings, folder: Path) -> Problem:
+    """Burgers' equation with a backbone in this precision."""
+    problem = burgers.make_problem(burgers.Size(settings.epochs, (), (), settings.model), folder)
+
+    def network(seed: int, inputs: Any) -> Backbone:
+        backbone = problem.network(seed, inputs)
+        return backbone._replace(apply=backbone_in(precision, backbone.apply))
+
+    return problem._replace(network=network)
 
 
-def key_of(
-    settings: Settings, method: Method, rate: float, precision: Precision, seed: int
-) -> Record:
+def configs(settings: Settings) -> list[Config]:
+    """All runs in one precision."""
+    return [
+        Config(method_of(optimizer, head), settings.batch_size, rate, settings.lam, seed)
+        for optimizer, head, rate in settings.rates
+        for seed in range(settings.num_seeds)
+    ]
+
+
+def key_of(settings: Settings, config: Config, precision: Precision) -> Record:
     """All that determines a run."""
     return {
         "experiment": "bfloat16",
@@ -99,92 +107,46 @@ def key_of(
         "epochs": settings.epochs,
         "batch_size": settings.batch_size,
         "lam": settings.lam,
-        "optimizer": method.optimizer,
-        "head": method.head,
-        "rate": rate,
+        "optimizer": config.method.optimizer,
+        "head": config.method.head,
+        "rate": config.rate,
         "trained in": precision,
-        "seed": seed,
+        "seed": config.seed,
     }
 
 
-def run(
-    settings: Settings,
-    method: Method,
-    rate: float,
-    precision: Precision,
-    records: Records,
-    arrays: Data,
-    progress: SweepProgress,
-) -> None:
-    """Train on the seeds that have no record yet, and measure in both precisions."""
-    num_steps = settings.epochs * (len(arrays.train.targets) // settings.batch_size)
-    hyper = Hyper(np.float32(rate), np.float32(settings.lam), np.int32(num_steps))
-    backbone_of = partial(network, settings.model, inputs=arrays.train.inputs[:1])
-    apply = backbone_of(0).apply  # seeds differ in their parameters only
-    take_step = jax.jit(
-        partial(methods.step, method, backbone_in(precision, apply)), donate_argnames="state"
-    )
+Measured = Callable[[State, Data], dict[str, float]]
+
+
+def measurements(problem: Problem) -> Measured:
+    """Test error in each precision, and the size of the head's terms, in units of u squared."""
+    apply = problem.network(0, problem.load().train.inputs[:1]).apply
     measures = {
         name: measurement("MSE", partial(methods.outputs, backbone_in(name, apply)))
         for name in PRECISIONS
     }
 
-    def on_batch(state: State, *pair: Any) -> tuple[State, jax.Array]:
-        batch = Batch(*pair)
-        return take_step(hyper, state, batch, batch)
+    def measured(state: State, arrays: Data) -> dict[str, float]:
+        assert arrays.final is not None
+        errors = {name: arrays.scale * of(state, arrays.final) for name, of in measures.items()}
+        features, _ = apply(state.params, state.stats, arrays.validation.inputs, train=False)
+        second_moments = jnp.mean(features**2, axis=tuple(range(features.ndim - 1)))
+        kernel = state.params[HEAD]["kernel"]
+        return {**errors, "terms": arrays.scale * float(jnp.sum(second_moments @ kernel**2))}
 
-    for seed in range(settings.num_seeds):
-        key = key_of(settings, method, rate, precision, seed)
-        label = f"{method.optimizer:<4} {method.head:<8} {precision:<8} seed {seed}"
-        result = records.get(key)
-        if result is None:
-            progress.start(label, num_steps)
-            backbone = backbone_of(seed)
-            state, _ = training.train(
-                on_batch,
-                methods.init(method, hyper, backbone.params, backbone.stats, seed),
-                training.batches(
-                    *arrays.train,
-                    batch_size=settings.batch_size,
-                    epochs=settings.epochs,
-                    seed=seed,
-                ),
-                error=lambda state: 0.0,
-                measure_at=set(),
-                on_step=progress.step,
-            )
-            result = measured(state, measures, apply, arrays)
-            records.add(key, result)
-        progress.finish(f"{label}  MSE {result[precision]:.2e}")
-
-
-def measured(
-    state: State, measures: Mapping[str, Any], apply: ApplyFn, arrays: Data
-) -> dict[str, float]:
-    """Test error in each precision, and the size of the head's terms, in units of u squared."""
-    assert arrays.final is not None
-    errors = {name: arrays.scale * of(state, arrays.final) for name, of in measures.items()}
-    features, _ = apply(state.params, state.stats, arrays.validation.inputs, train=False)
-    second_moments = jnp.mean(features**2, axis=tuple(range(features.ndim - 1)))
-    kernel = state.params[HEAD]["kernel"]
-    return {**errors, "terms": arrays.scale * float(jnp.sum(second_moments @ kernel**2))}
+    return measured
 
 
 # What the numbers say -----------------------------------------------------------------------------
 
 
-class Outcome(NamedTuple):
-    """One method.
+class Errors(NamedTuple):
+    """One method."""
 
-    Attributes:
-      method: which.
-      errors: (trained in, measured in) -> test errors, one per seed.
-      terms: sum over the features of squared weight times second moment, in float32, mean.
-    """
-
-    method: Method
+    method: Method  # which
+    # (trained in, measured in) -> test errors, one per seed.
     errors: dict[tuple[str, str], np.ndarray]
-    terms: float
+    terms: float  # sum over the features of squared weight times second moment, in float32, mean
 
     def mean(self, trained: Precision, measured: Precision) -> float:
         """Over the seeds."""
@@ -196,26 +158,27 @@ class Outcome(NamedTuple):
         return self.mean(HALF, HALF) / self.mean(SINGLE, SINGLE)
 
 
-def outcomes_of(settings: Settings, records: Records) -> list[Outcome]:
+def errors_of(settings: Settings, records: Records) -> list[Errors]:
     """The methods that have all runs."""
     found = []
-    for optimizer, head, rate in settings.rates:
-        method, runs = method_of(optimizer, head), {}
-        for trained in PRECISIONS:
-            keys = [key_of(settings, method, rate, trained, s) for s in range(settings.num_seeds)]
-            runs[trained] = [run for run in map(records.get, keys) if run is not None]
-        if all(len(some) == settings.num_seeds for some in runs.values()):
+    for method, some in itertools.groupby(configs(settings), key=lambda config: config.method):
+        of_method = list(some)
+        runs = {
+            trained: [records.get(key_of(settings, config, trained)) for config in of_method]
+            for trained in PRECISIONS
+        }
+        if all(all(records) for records in runs.values()):
             errors = {
-                (trained, name): np.array([run[name] for run in runs[trained]])
+                (trained, name): np.array([run[name] for run in runs[trained] if run])
                 for trained in PRECISIONS
                 for name in PRECISIONS
             }
-            terms = float(np.mean([run["terms"] for run in runs[SINGLE]]))
-            found.append(Outcome(method, errors, terms))
+            terms = float(np.mean([run["terms"] for run in runs[SINGLE] if run]))
+            found.append(Errors(method, errors, terms))
     return found
 
 
-def claims_of(outcomes: Sequence[Outcome]) -> list[summary.Claim]:
+def claims_of(outcomes: Sequence[Errors]) -> list[Claim]:
     """What is hoped for, and whether it holds."""
     claims = []
     by_name = {(one.method.optimizer, one.method.head): one for one in outcomes}
@@ -224,14 +187,14 @@ def claims_of(outcomes: Sequence[Outcome]) -> list[summary.Claim]:
         if gradient is None or ours is None:
             continue
         claims += [
-            summary.Claim(
+            Claim(
                 f"{optimizer}: with a bfloat16 backbone, the final error of the closed-form head "
                 "is within 5 % of that in float32.",
                 ours.ratio <= 1.05,
                 f"ratio {ours.ratio:.2f}; the float32 network measured in bfloat16: "
                 f"{ours.mean(SINGLE, HALF) / ours.mean(SINGLE, SINGLE):.2f}",
             ),
-            summary.Claim(
+            Claim(
                 f"{optimizer}: the closed-form head in bfloat16 is better than the gradient head "
                 "in float32.",
                 ours.mean(HALF, HALF) < gradient.mean(SINGLE, SINGLE),
@@ -251,16 +214,10 @@ REASONS = (
 )
 
 
-def summarize(records: Records, figures: Path, preset: str = "cpu") -> summary.Summary:
-    """Replay the experiment on its records.
-
-    Args:
-      records: finished runs.
-      figures: unused, there is none.
-      preset: unused, there is one size only.
-    """
+def summarize(records: Records, figures: Path, preset: str) -> Summary:
+    """Replay the experiment on its records; there is no figure, and one preset only."""
     settings = SETTINGS
-    outcomes = outcomes_of(settings, records)
+    outcomes = errors_of(settings, records)
     claims = claims_of(outcomes)
     rows = tuple(
         (
@@ -277,7 +234,7 @@ def summarize(records: Records, figures: Path, preset: str = "cpu") -> summary.S
         )
         for one in outcomes
     )
-    return summary.Summary(
+    return Summary(
         title="bfloat16 backbones",
         command="python -m benchmarks bfloat16",
         setup=(
@@ -288,7 +245,7 @@ def summarize(records: Records, figures: Path, preset: str = "cpu") -> summary.S
             "gradients are in bfloat16; parameters, optimizer and the solve are in float32."
         ),
         tables=(
-            summary.Table(
+            Table(
                 f"Test MSE in units of u² on 8192 points, mean of {settings.num_seeds} seeds ± "
                 "half the 95 % interval, trained and measured in one precision. Then ratios of "
                 "means to float32: trained and measured in bfloat16, only one of the two. Terms: "
@@ -321,14 +278,21 @@ def bfloat16(out: Path = Path("benchmarks/out/bfloat16")) -> None:
     Args:
       out: folder of finished runs and generated data.
     """
-    start = time.perf_counter()
-    console, settings, records = Console(), SETTINGS, Records(out / "bfloat16.jsonl")
-    arrays = load(out, None)
-    num_runs = len(settings.rates) * len(PRECISIONS) * settings.num_seeds
-    with SweepProgress(console, num_runs) as progress:
-        for optimizer, head, rate in settings.rates:
-            for precision in PRECISIONS:
-                method = method_of(optimizer, head)
-                run(settings, method, rate, precision, records, arrays, progress)
-    summary.show(console, summarize(records, out))
-    console.print(f"{time.perf_counter() - start:.0f} s. Runs are in {out}.")
+    settings = SETTINGS
+    measured = measurements(problem_in(SINGLE, settings, out))
+    with running(out, "bfloat16", len(PRECISIONS) * len(configs(settings))) as runner:
+        for precision in PRECISIONS:
+            comparison = Comparison(problem_in(precision, settings, out), runner)
+
+            def make(config: Config, comparison: Comparison = comparison) -> Record:
+                state, *_ = comparison.train(config)
+                return measured(state, comparison.data())
+
+            for config in configs(settings):
+                key = key_of(settings, config, precision)
+                label = f"{config.label} in {precision}"
+                runner.run(key, partial(make, config), label, lambda r: f"MSE {r[SINGLE]:.2e}")
+    show(summarize(Records(out / "bfloat16.jsonl"), out, "cpu"))
+
+
+EXPERIMENTS = (Experiment(bfloat16, summarize, place=100),)

@@ -4,7 +4,6 @@
 
 Gradient descent walks on the surface; with the head in closed form it walks on the curve W*(theta).
 
-Top of the benchmarks: one experiment, one command. Knows cfll and figures, no data and no networks.
 Everything is dimensionless.
 """
 
@@ -15,81 +14,54 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
-from rich.console import Console
 
 import cfll
-from benchmarks import plots
-from benchmarks.records import Record, Records
-from benchmarks.summary import Claim, Summary, Table, show
+from benchmarks.core.records import Record, Records
+from benchmarks.core.runner import running
+from benchmarks.experiments import Experiment
+from benchmarks.reporting import plots
+from benchmarks.reporting.summary import Claim, Summary, Table, show
 
 Preset = Literal["cpu", "paper"]
 
 
 class Settings(NamedTuple):
-    """Everything that determines the numbers; it is the key of the record.
+    """Everything that determines the numbers; it is the key of the record."""
 
-    Attributes:
-      seed: of the samples, x and y standard normal.
-      num_samples: as in the paper.
-      beta: the ridge penalty.
-      start: (theta, W), the same for both.
-      rates: learning rates tried for both.
-      drawn_rate: of these, the one of the figure.
-      num_steps: gradient steps of every run.
-      gap: "reached" means a loss within this share of the start's distance to the infimum of the
-        surface on the side of the start.
-      num_draws: further problems, with samples and start drawn at random, that only count.
-    """
-
-    seed: int = 10
-    num_samples: int = 3
-    beta: float = 0.05
-    start: tuple[float, float] = (0.3, 2.0)
-    rates: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
-    drawn_rate: float = 0.04
-    num_steps: int = 1000
+    seed: int = 10  # of the samples, x and y standard normal
+    num_samples: int = 3  # as in the paper
+    beta: float = 0.05  # the ridge penalty
+    start: tuple[float, float] = (0.3, 2.0)  # (theta, W), the same for both
+    rates: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)  # learning rates tried for both
+    drawn_rate: float = 0.04  # of these, the one of the figure
+    num_steps: int = 1000  # gradient steps of every run
+    # "reached" means a loss within this share of the start's distance to the infimum of the surface
+    # on the side of the start.
     gap: float = 0.05
+    # Further problems, with samples and start drawn at random, that only count.
     num_draws: int = 500
 
 
 # The same for both: the experiment takes seconds.
-PRESETS: dict[Preset, Settings] = {"cpu": Settings(), "paper": Settings()}
+PRESETS: dict[str, Settings] = {"cpu": Settings(), "paper": Settings()}
 
 JOINT, CLOSED_FORM = "gradient head", "closed form"
 
 
 class Samples(NamedTuple):
-    """The training data.
+    """The training data."""
 
-    Attributes:
-      x: inputs, shape (n,).
-      y: targets, shape (n,).
-    """
-
-    x: jax.Array
-    y: jax.Array
+    x: jax.Array  # inputs, shape (n,)
+    y: jax.Array  # targets, shape (n,)
 
 
 class Path2d(NamedTuple):
-    """A run of gradient descent.
+    """A run of gradient descent."""
 
-    Attributes:
-      theta: the backbone's parameter before every step and after the last, (steps + 1,).
-      head: W, likewise.
-      loss: L(W, theta), likewise.
-    """
-
-    theta: jax.Array
-    head: jax.Array
-    loss: jax.Array
-
-
-def draw_samples(key: jax.Array, num_samples: int) -> Samples:
-    """Standard normal inputs and targets."""
-    x, y = jax.random.normal(key, (2, num_samples))
-    return Samples(x, y)
+    theta: jax.Array  # the backbone's parameter before every step and after the last, (steps + 1,)
+    head: jax.Array  # W, likewise
+    loss: jax.Array  # L(W, theta), likewise
 
 
 def features(theta: jax.Array, samples: Samples) -> jax.Array:
@@ -159,21 +131,14 @@ def first_below(losses: jax.Array, level: jax.Array) -> jax.Array:
 
 
 class Descents(NamedTuple):
-    """Both descents from one start, at every rate.
+    """Both descents from one start, at every rate."""
 
-    Attributes:
-      start_loss: at (theta, W).
-      infimum: of the surface on this side of theta = 0.
-      level: the loss that counts as reached.
-      steps: method -> gradient steps to the level, one per rate; above `num_steps`: not reached.
-      paths: method -> what happened, one per rate.
-    """
-
-    start_loss: jax.Array
-    infimum: jax.Array
-    level: jax.Array
+    start_loss: jax.Array  # at (theta, W)
+    infimum: jax.Array  # of the surface on this side of theta = 0
+    level: jax.Array  # the loss that counts as reached
+    # Method -> gradient steps to the level, one per rate; above `num_steps`: not reached.
     steps: dict[str, jax.Array]
-    paths: dict[str, Path2d]
+    paths: dict[str, Path2d]  # method -> what happened, one per rate
 
 
 @partial(jax.jit, static_argnames="settings")
@@ -183,37 +148,32 @@ def descend(start: jax.Array, samples: Samples, settings: Settings) -> Descents:
     bottom = infimum(samples, start[0])
     level = bottom + settings.gap * (top - bottom)
     rates = jnp.asarray(settings.rates)
+    arguments = start, samples, settings.beta, settings.num_steps
     paths = {
-        name: jax.vmap(
-            lambda rate, method=method: method(
-                rate, start, samples, settings.beta, settings.num_steps
-            )
-        )(rates)
+        name: jax.vmap(lambda rate, method=method: method(rate, *arguments))(rates)
         for name, method in DESCENTS.items()
     }
-    steps = {
-        name: jax.vmap(first_below, (0, None))(path.loss, level) for name, path in paths.items()
-    }
+    first = jax.vmap(first_below, (0, None))
+    steps = {name: first(path.loss, level) for name, path in paths.items()}
     return Descents(top, bottom, level, steps, paths)
 
 
 def random_problem(key: jax.Array, settings: Settings) -> tuple[jax.Array, Samples]:
     """A start and samples, all standard normal."""
     key_start, key_samples = jax.random.split(key)
-    return jax.random.normal(key_start, (2,)), draw_samples(key_samples, settings.num_samples)
+    samples = Samples(*jax.random.normal(key_samples, (2, settings.num_samples)))
+    return jax.random.normal(key_start, (2,)), samples
 
 
 def run(settings: Settings) -> Record:
     """The drawn problem at every rate and the random ones, as plain numbers, in float64.
 
-    Returns:
-      The samples; the level that counts as reached; per method and rate the steps to it (`None`:
-      not reached); the paths at the rate of the figure; and for the random problems, per rate and
-      at the best rate of each, how often which of the two was first.
+    Per method and rate the steps to the level that counts as reached, `None` if not; for the random
+    problems, per rate and at the best rate of each, how often which of the two was first.
     """
     with jax.enable_x64(True):
         key = jax.random.key(settings.seed)
-        samples = draw_samples(key, settings.num_samples)
+        samples = Samples(*jax.random.normal(key, (2, settings.num_samples)))
         one = descend(jnp.asarray(settings.start), samples, settings)
         keys = jax.random.split(key, settings.num_draws)
         starts, problems = jax.vmap(partial(random_problem, settings=settings))(keys)
@@ -230,6 +190,7 @@ def run(settings: Settings) -> Record:
         np.concatenate([many[name], many[name].min(axis=1, keepdims=True)], axis=1)
         for name in (JOINT, CLOSED_FORM)
     )
+    neither = np.minimum(joint, closed) > settings.num_steps
     return {
         "x": samples.x.tolist(),
         "y": samples.y.tolist(),
@@ -244,9 +205,7 @@ def run(settings: Settings) -> Record:
         "random": {
             "closed form first": (closed < joint).sum(axis=0).tolist(),
             "gradient head first": (joint < closed).sum(axis=0).tolist(),
-            "neither arrives": ((joint > settings.num_steps) & (closed > settings.num_steps))
-            .sum(axis=0)
-            .tolist(),
+            "neither arrives": neither.sum(axis=0).tolist(),
         },
     }
 
@@ -264,14 +223,11 @@ def draw(settings: Settings, result: Record, path: Path) -> None:
         JOINT: {"color": "#D55E00", "linestyle": "--", "marker": "o", "markersize": 4},
         CLOSED_FORM: {"color": "black", "linestyle": "-", "marker": "s", "markersize": 4},
     }
-    with mpl.rc_context(plots.STYLE):
-        figure, (left, right) = plt.subplots(
-            1, 2, figsize=(10.5, 4.2), width_ratios=(3, 2), layout="constrained"
-        )
+    with plots.subplots(path, 1, 2, figsize=(10.5, 4.2), width_ratios=(3, 2)) as (left, right):
         levels = np.geomspace(float(surface.min()), 40, 16)
         filled = left.contourf(theta, head, surface, levels, cmap="Greys", extend="max", alpha=0.75)
         filled.set_norm(mpl.colors.LogNorm(levels[0], levels[-1] * 4))
-        bar = figure.colorbar(filled, ax=left, label="loss L(W, θ), sum over samples")
+        bar = left.figure.colorbar(filled, ax=left, label="loss L(W, θ), sum over samples")
         bar.set_ticks([1, 2, 5, 10, 20, 40], labels=["1", "2", "5", "10", "20", "40"])
         bar.minorticks_off()
         left.plot(theta, curve, color="#56B4E9", linewidth=6, alpha=0.9, label="W*(θ)")
@@ -293,27 +249,18 @@ def draw(settings: Settings, result: Record, path: Path) -> None:
         right.set(xlabel="gradient steps", ylabel="loss above its infimum", yscale="log")
         right.set_title(f"rate {settings.drawn_rate:g} for both")
         right.legend()
-        figure.savefig(path)
-        plt.close(figure)
 
 
-def key_of(preset: Preset) -> Record:
+def key_of(preset: str) -> Record:
     """What the record is filed under."""
     return {"experiment": "landscape", "settings": PRESETS[preset]._asdict()}
 
 
-def summarize(records: Records, figures: Path, preset: Preset) -> Summary:
-    """Draw the figure and say what the numbers say.
-
-    Args:
-      records: results of `landscape`.
-      figures: folder of the figure, made if it is not there.
-      preset: which result.
-    """
+def summarize(records: Records, figures: Path, preset: str) -> Summary:
+    """Draw the figure and say what the numbers say."""
     settings, result = PRESETS[preset], records.get(key_of(preset))
     paths = []
     if result is not None:
-        figures.mkdir(parents=True, exist_ok=True)
         paths = [figures / "landscape.png"]
         draw(settings, result, paths[0])
     return Summary(
@@ -340,19 +287,13 @@ def table_of(settings: Settings, result: Record) -> Table:
         return "not reached" if steps is None else str(steps)
 
     steps = result["steps"]
+    rows = zip(settings.rates, steps[JOINT], steps[CLOSED_FORM], strict=True)
     return Table(
-        caption=(
-            f"Gradient steps until the loss is at most {result['level']:.3f} (start "
-            f"{result['start_loss']:.3f}, infimum {result['infimum']:.3f}; {settings.gap:.0%} of "
-            f"the way left), of {settings.num_steps}."
-        ),
+        caption=f"Gradient steps until the loss is at most {result['level']:.3f} (start "
+        f"{result['start_loss']:.3f}, infimum {result['infimum']:.3f}; {settings.gap:.0%} of "
+        f"the way left), of {settings.num_steps}.",
         headings=("learning rate", JOINT, CLOSED_FORM),
-        rows=tuple(
-            (f"{rate:g}", cell(joint), cell(closed))
-            for rate, joint, closed in zip(
-                settings.rates, steps[JOINT], steps[CLOSED_FORM], strict=True
-            )
-        ),
+        rows=tuple((f"{rate:g}", cell(joint), cell(closed)) for rate, joint, closed in rows),
     )
 
 
@@ -400,7 +341,9 @@ def landscape(preset: Preset = "cpu", out: Path = Path("benchmarks/out/landscape
       preset: both are the same here.
       out: folder of the numbers and the figure.
     """
-    records, key = Records(out / "landscape.jsonl"), key_of(preset)
-    if records.get(key) is None:
-        records.add(key, run(PRESETS[preset]))
-    show(Console(), summarize(records, out, preset))
+    with running(out, "landscape", 1) as runner:
+        runner.run(key_of(preset), partial(run, PRESETS[preset]), "both descents")
+    show(summarize(Records(out / "landscape.jsonl"), out, preset))
+
+
+EXPERIMENTS = (Experiment(landscape, summarize, place=10),)

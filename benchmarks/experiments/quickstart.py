@@ -1,238 +1,237 @@
 """quickstart: what does a closed-form head add to the optimizer you already use?
 
 A Fourier neural operator learns Burgers' equation with SGD, Adam and Muon, each with a head trained
-by gradients like any other layer, and with a head in closed form. The three functions `*_step` are
-the whole difference, and an example of how to use the library: read them first.
-
-Top of the benchmarks: one experiment, one command, everything below is shared.
+by gradients like any other layer, and with a head in closed form. `step` in `core/methods.py` is
+the whole difference, and an example of how to use the library: read it first.
 """
 
-import math
-import time
-from collections.abc import Mapping
-from functools import partial
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
 
 import cfll
-from benchmarks import plots, report
-from benchmarks.data import burgers
+from benchmarks.core import methods
+from benchmarks.core.comparison import Comparison, Config, Outcome
+from benchmarks.core.methods import ALGORITHM_1, EQUATION_17, Method
+from benchmarks.core.problem import Problem
+from benchmarks.core.records import Record
+from benchmarks.core.runner import running
+from benchmarks.core.search import descend
+from benchmarks.core.training import first_at_or_below
+from benchmarks.core.tuner import Tuner
+from benchmarks.data import burgers as data
+from benchmarks.experiments import Experiment
 from benchmarks.models.fno import FNO1d
-from benchmarks.optimizers import OPTIMIZERS, cosine_decay
-from benchmarks.progress import SweepProgress
-from benchmarks.records import Records
-from benchmarks.sweep import Outcome, Plan, Row, Task, outcomes_of
-from benchmarks.training import evaluator
+from benchmarks.reporting import plots
+from benchmarks.reporting.summary import Summary, Table, markdown_table, show
+from benchmarks.tasks import burgers
 
 MODEL = FNO1d()
-
-# Training steps -----------------------------------------------------------------------------------
-#
-# state = (params, opt_state); inputs (batch, points, 2); targets (batch, points, 1). Every grid
-# point is a sample to the head. `tx` is the optimizer, for a closed-form head
-# `cfll.closed_form(optimizer, rule, head="head")`, with the same rule as in the loss.
-
-State = tuple[Any, Any]
-
-
-def predict(params: Any, inputs: jax.Array) -> jax.Array:
-    """What the network says, (batch, points, 1)."""
-    outputs: Any = MODEL.apply({"params": params}, inputs)
-    return outputs
-
-
-def features_of(params: Any, inputs: jax.Array) -> jax.Array:
-    """What the head sees, (batch, points, d)."""
-    features: Any = MODEL.apply({"params": params}, inputs, method="features")
-    return features
-
-
-def squared_loss(params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean over samples, sum over outputs."""
-    return jnp.mean(jnp.sum(jnp.square(predict(params, inputs) - targets), axis=-1))
-
-
-def gradient_step(
-    tx: optax.GradientTransformation, state: State, inputs: jax.Array, targets: jax.Array
-) -> tuple[State, jax.Array]:
-    """The baseline: the optimizer trains all layers."""
-    params, opt_state = state
-    loss, grads = jax.value_and_grad(squared_loss)(params, inputs, targets)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return (optax.apply_updates(params, updates), opt_state), loss
-
-
-def closed_form_step(
-    rule: cfll.Rule,
-    tx: optax.GradientTransformationExtraArgs,
-    state: State,
-    inputs: jax.Array,
-    targets: jax.Array,
-) -> tuple[State, jax.Array]:
-    """Eq. (17), with ridge Eq. (9): solve the head in the forward pass, then move the backbone."""
-    params, opt_state = state
-
-    def loss_and_solution(params: Any) -> tuple[jax.Array, cfll.Solution]:
-        return rule.loss(features_of(params, inputs), targets, cfll.get_state(opt_state))
-
-    (loss, solution), grads = jax.value_and_grad(loss_and_solution, has_aux=True)(params)
-    updates, opt_state = tx.update(grads, opt_state, params, solution=solution)
-    return (optax.apply_updates(params, updates), opt_state), loss
-
-
-def algorithm_1_step(
-    tx: optax.GradientTransformationExtraArgs,
-    state: State,
-    inputs: jax.Array,
-    targets: jax.Array,
-) -> tuple[State, jax.Array]:
-    """Algorithm 1: move the backbone with the old head, then solve on its new features."""
-    params, opt_state = state
-    loss, grads = jax.value_and_grad(squared_loss)(params, inputs, targets)
-    updates, opt_state = tx.update(
-        grads, opt_state, params, targets=targets, feature_fn=lambda p: features_of(p, inputs)
-    )
-    return (optax.apply_updates(params, updates), opt_state), loss
-
-
-# The experiment -----------------------------------------------------------------------------------
-
-GRADIENT, PROXIMAL = "gradient", "proximal"
-ALGORITHM_1, RIDGE = "proximal, Alg. 1", "ridge"
-
-ROWS = (
-    *(Row(optimizer, head) for optimizer in OPTIMIZERS for head in (GRADIENT, PROXIMAL)),
-    Row("Adam", ALGORITHM_1),
-    Row("Adam", RIDGE),
-)
-
-# Where the search for a row's best rate starts, for all heads alike.
-RATES = {"SGD": (0.07, 0.14), "Adam": (0.0025, 0.005), "Muon": (0.01, 0.02)}
-
+START_RATES = {"SGD": 0.07, "Adam": 0.005, "Muon": 0.02}  # for all heads alike
 BETA = 1.0  # of ridge, not tuned
 
+GRADIENT, PROXIMAL = "gradient", "proximal"
+HEADS: Mapping[str, tuple[str, str]] = {  # name in the table -> head and order
+    GRADIENT: (methods.GRADIENT, ""),
+    PROXIMAL: (methods.PROXIMAL, EQUATION_17),
+    "proximal, Alg. 1": (methods.PROXIMAL, ALGORITHM_1),
+    "ridge": (methods.RIDGE, EQUATION_17),
+}
+ROWS = (
+    ("SGD", GRADIENT),
+    ("SGD", PROXIMAL),
+    ("Adam", GRADIENT),
+    ("Adam", PROXIMAL),
+    ("Adam", "proximal, Alg. 1"),
+    ("Adam", "ridge"),
+    ("Muon", GRADIENT),
+    ("Muon", PROXIMAL),
+)
+RUNS_PER_ROW = 4  # about; what the progress bar expects
 
-class Scaling(NamedTuple):
-    """Mean and standard deviation of the training data, in units of u."""
-
-    mean: float
-    std: float
-
-
-def scaling_of(values: np.ndarray) -> Scaling:
-    """The scaling that standardizes these values."""
-    return Scaling(float(values.mean()), float(values.std()))
-
-
-def standardize(
-    fields: burgers.Fields, initial: Scaling, final: Scaling
-) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs u(x, 0) and x, (samples, points, 2); targets u(x, 1), (samples, points, 1)."""
-    state = (fields.initial - initial.mean) / initial.std
-    x = (burgers.grid(state.shape[1]) - np.pi) / (np.pi / math.sqrt(3))  # uniform: variance 1
-    inputs = np.stack([state, np.broadcast_to(x, state.shape)], axis=-1)
-    targets = (fields.final - final.mean) / final.std
-    return inputs.astype(np.float32), targets[..., None].astype(np.float32)
-
-
-def transformation(
-    row: Row, rate: jax.typing.ArrayLike, num_steps: jax.typing.ArrayLike, lam: float
-) -> Any:
-    """The optimizer of a row: on its own, or with a rule for the head."""
-    optimizer = OPTIMIZERS[row.optimizer](cosine_decay(rate, num_steps))
-    if row.head == GRADIENT:
-        return optimizer
-    return cfll.closed_form(optimizer, rule_of(row, lam), head="head")
+HEADINGS = ("optimizer", "head", "test MSE", "ratio", "steps to match", "ms/step", "rate")
+EXPLANATION = "\n".join(  # a line each: the terminal wraps them where it ends
+    (
+        "ratio: to the gradient head with the same optimizer, after as many steps.",
+        "steps to match: until the validation error, measured twice an epoch, is at or below the "
+        "last one of that gradient head; *: in a run of half the length, with its own decay.",
+        "ms/step: median, compilation excluded. rate: the best by the last validation error.",
+    )
+)
 
 
-def rule_of(row: Row, lam: float) -> cfll.Rule:
-    """How a row finds its closed-form head."""
-    return cfll.ridge(BETA) if row.head == RIDGE else cfll.prox(lam)
+class Result(NamedTuple):
+    """A row at its best rate."""
+
+    head: str  # its name in the table
+    outcome: Outcome  # of its runs
+    half: Outcome | None  # of runs of half the length at that rate, or None; see `result_of`
+    test_errors: list[float]  # one per seed
+
+    @property
+    def optimizer(self) -> str:
+        return self.outcome.method.optimizer
 
 
-def jitted_step(row: Row, lam: float) -> Any:
-    """(rate, num_steps, state, inputs, targets) -> (state, loss), compiled once for all runs."""
-    closed_form = partial(closed_form_step, rule_of(row, lam))
-    steps: Mapping[str, Any] = {
-        GRADIENT: gradient_step,
-        PROXIMAL: closed_form,
-        ALGORITHM_1: algorithm_1_step,
-        RIDGE: closed_form,
-    }
-
-    @partial(jax.jit, donate_argnames="state")
-    def step(rate, num_steps, state, inputs, targets):
-        # Optax transformations are pairs of pure functions: made here, they may use a traced rate.
-        tx = transformation(row, rate, num_steps, lam)
-        return steps[row.head](tx, state, inputs, targets)
-
-    return step
-
-
-def make_task(splits: burgers.Splits, lam: float) -> Task:
-    """What the rows learn. Errors are in units of u squared; see `Task` for the rest."""
-    scalings = scaling_of(splits.train.initial), scaling_of(splits.train.final)
-    variance = scalings[1].std ** 2
-    standardized_error = evaluator(predict)
-    first_inputs = jnp.zeros((1, burgers.COARSE_POINTS, 2))
-    return Task(
-        train=standardize(splits.train, *scalings),
-        validation=standardize(splits.validation, *scalings),
-        test=standardize(splits.test, *scalings),
-        init=lambda seed: MODEL.init(jax.random.key(seed), first_inputs)["params"],
-        transformation=partial(transformation, lam=lam),
-        step=partial(jitted_step, lam=lam),
-        error=lambda params, *batch: variance * standardized_error(params, *batch),
-        rates=RATES,
-        settings={
-            "lam": lam,
-            "beta": BETA,
-            "data": burgers.DEFAULTS._asdict(),
-            "model": repr(MODEL),
-            "cfll": cfll.__version__,
-            "jax": jax.__version__,
-        },
+def make_problem(epochs: int, folder: Path) -> Problem:
+    """Burgers' equation, without test curves: the test set is for the best rates alone."""
+    problem = burgers.make_problem(burgers.Size(epochs, (), (), MODEL), folder)
+    versions = {"cfll": cfll.__version__, "jax": jax.__version__}
+    return problem._replace(
+        settings={**problem.settings, "experiment": "quickstart", **versions},
+        load=cache(lambda: burgers.load(folder, None)._replace(test=None)),
+        start=lambda method: (START_RATES[method.optimizer], 1.0),
+        num_measurements=2 * epochs,
     )
 
 
-def draw(plan: Plan, splits: burgers.Splits, outcomes: list[Outcome]) -> None:
+def tuner_of(optimizer: str, lam: float, num_seeds: int) -> Tuner:
+    """By factors of two from the start downhill; the best three rates on all seeds."""
+    rates = [START_RATES[optimizer] * 2.0**k for k in range(-5, 6)]
+    penalties = {"lam": (lam,), "beta": (BETA,)}
+    return Tuner(descend, rates, penalties, num_finalists=3, num_seeds=num_seeds)
+
+
+def result_of(
+    comparison: Comparison,
+    head: str,
+    method: Method,
+    batch_size: int,
+    seeds: Sequence[int],
+    baseline: Result | None,
+) -> Result:
+    """Find the best rate of a row by validation error, and test it.
+
+    A run decays its rate to zero, and most of its progress may come with the decay: where it passes
+    another run's last error then says little about how many steps it needs. So a row that passes
+    the baseline only in its second half also gets runs of half the length.
+    """
+    outcome = comparison.tune(method, batch_size, seeds)
+    configs = [Config(*outcome[:4], seed) for seed in seeds]
+    matched = steps_to_match(outcome, baseline)
+    half, epochs = None, comparison.problem.epochs(batch_size)
+    if matched is not None and matched > outcome.steps[-1] / 2 and epochs > 1:
+        problem = comparison.problem._replace(
+            epochs=lambda batch_size: epochs // 2, num_measurements=2 * (epochs // 2)
+        )
+        half = Comparison(problem, comparison.runner).outcome(configs)
+    return Result(head, outcome, half, [error_on_test_set(comparison, c) for c in configs])
+
+
+def error_on_test_set(comparison: Comparison, config: Config) -> float:
+    """The test error of a finished run."""
+
+    def measure() -> Record:
+        data = comparison.data()
+        state, measured = comparison.finished(config)
+        assert data.final is not None
+        return {"test_error": data.scale * measured(state, data.final)}
+
+    key = {**comparison.key(config), "what": "test"}
+    return comparison.runner.run(key, measure, f"{config.label} on the test set")["test_error"]
+
+
+def steps_to_match(outcome: Outcome | None, baseline: Result | None) -> int | None:
+    """After how many steps a row is as good as its baseline at the end; None if never."""
+    if outcome is None or baseline is None:
+        return None
+    level = baseline.outcome.validation[:, -1].mean()
+    return first_at_or_below(outcome.steps, outcome.validation.mean(axis=0), level)
+
+
+def numbers_of(result: Result, baseline: Result) -> dict[str, Any]:
+    """A row of results.json."""
+    outcome, test_mse = result.outcome, float(np.mean(result.test_errors))
+    return {
+        "optimizer": result.optimizer,
+        "head": result.head,
+        "test_mse": test_mse,
+        "test_mse_per_seed": result.test_errors,
+        "ratio": test_mse / float(np.mean(baseline.test_errors)),
+        "num_steps": outcome.steps[-1],
+        "steps_to_match": steps_to_match(outcome, baseline),
+        "steps_to_match_in_half_run": steps_to_match(result.half, baseline),
+        "seconds_per_step": outcome.seconds_per_step,
+        "rate": outcome.rate,
+        "validation_mse_per_rate": {
+            f"{values[0]:.4g}": error if np.isfinite(error) else None
+            for values, error in sorted(outcome.tried.items())
+        },
+    }
+
+
+def cells(numbers: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of the table."""
+    whole, half = numbers["steps_to_match"], numbers["steps_to_match_in_half_run"]
+    matched = f"{half} *" if half is not None else "never" if whole is None else f"{whole}"
+    return (
+        numbers["optimizer"],
+        numbers["head"],
+        f"{numbers['test_mse']:.2e}",
+        f"{numbers['ratio']:.2f}",
+        f"{matched} / {numbers['num_steps']}",
+        f"{1e3 * numbers['seconds_per_step']:.1f}",
+        f"{numbers['rate']:.4g}",
+    )
+
+
+def write(out: Path, table: Table, rows: Sequence[Mapping[str, Any]], settings: Any) -> None:
+    """The table as results.md, the numbers behind it as results.json."""
+    text = f"{markdown_table(table.headings, table.rows)}\n\n{table.caption}\n"
+    (out / "results.md").write_text(text.replace("*", r"\*"))
+    results = {
+        "settings": settings,
+        "versions": {"cfll": cfll.__version__, "jax": jax.__version__, "optax": optax.__version__},
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
+        "rows": rows,
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def draw(comparison: Comparison, results: Sequence[Result], seed: int, out: Path) -> list[Path]:
     """Both figures."""
-    panels: dict[str, dict[str, tuple[list[int], np.ndarray]]] = {name: {} for name in OPTIMIZERS}
-    for outcome in outcomes:
-        curves = panels[outcome.row.optimizer]
-        curves[outcome.row.head] = (outcome.runs.steps, outcome.runs.errors)
-        if outcome.row.head == PROXIMAL and outcome.half:
-            curves[f"{PROXIMAL}, half the steps"] = (outcome.half.steps, outcome.half.errors)
-    plots.learning_curves(panels, path=plan.out / "curves.png", baseline=GRADIENT)
+    panels: dict[str, dict[str, tuple[list[int], np.ndarray]]] = {}
+    for result in results:
+        curves = panels.setdefault(result.optimizer, {})
+        curves[result.head] = (result.outcome.steps, result.outcome.validation)
+        if result.head == PROXIMAL and result.half:
+            curves[f"{PROXIMAL}, half the steps"] = (result.half.steps, result.half.validation)
+    drawn = [out / "curves.png", out / "prediction.png"]
+    plots.learning_curves(panels, path=drawn[0], baseline=GRADIENT)
 
     # An ordinary sample: that of median steepness, chosen by the data and not by a model's error.
+    splits = data.load_burgers(out)
     steepness = np.abs(np.diff(splits.test.final, axis=1)).max(axis=1)
     sample = int(np.argsort(steepness)[len(steepness) // 2])
-    inputs = jnp.asarray(plan.task.test[0][[sample]])
-    final, optimizer = scaling_of(splits.train.final), list(OPTIMIZERS)[-1]
+    scalings = burgers.scaling_of(splits.train.initial), burgers.scaling_of(splits.train.final)
+    inputs = burgers.standardize(splits.test, *scalings).inputs[[sample]]
 
     def prediction(outcome: Outcome) -> np.ndarray:
-        params = plan.params(outcome.row, outcome.rate, plan.seeds[0])
-        return final.mean + final.std * np.asarray(predict(params, inputs))[0, :, 0]
+        state, _ = comparison.finished(Config(*outcome[:4], seed))
+        outputs: Any = MODEL.apply({"params": state.params}, inputs)
+        return scalings[1].mean + scalings[1].std * np.asarray(outputs)[0, :, 0]
 
+    optimizer = results[-1].optimizer
     plots.prediction(
-        burgers.grid(burgers.FINE_POINTS),
+        data.grid(data.FINE_POINTS),
         initial=splits.test.initial[sample],
         truth=splits.test.final[sample],
         predictions={
-            f"{optimizer}, {outcome.row.head} head": prediction(outcome)
-            for outcome in outcomes
-            if outcome.row in (Row(optimizer, GRADIENT), Row(optimizer, PROXIMAL))
+            f"{optimizer}, {result.head} head": prediction(result.outcome)
+            for result in results
+            if result.optimizer == optimizer and result.head in (GRADIENT, PROXIMAL)
         },
-        path=plan.out / "prediction.png",
+        path=drawn[1],
         title="Burgers' equation on 8192 points: the test sample of median steepness",
     )
+    return drawn
 
 
 def quickstart(
@@ -259,26 +258,31 @@ def quickstart(
     """
     if min(epochs, repeats) < 1 or not 1 <= batch_size <= 1448 or lam <= 0:
         raise SystemExit("Needed: --epochs and --repeats from 1, --batch-size 1 to 1448, --lam > 0")
-    start = time.perf_counter()
-    console = Console()
-    splits = burgers.load_burgers(out)
-    seeds = tuple(range(seed, seed + repeats))
-    records = Records(out / "runs.jsonl")
-    plan = Plan(make_task(splits, lam), epochs, batch_size, seeds, out, records)
-    with SweepProgress(console, num_runs=3 * len(ROWS) * repeats) as progress:
-        outcomes = outcomes_of(plan, ROWS, baseline=GRADIENT, progress=progress)
-    # Rows of one optimizer next to each other, in the order of OPTIMIZERS.
-    outcomes.sort(key=lambda outcome: list(OPTIMIZERS).index(outcome.row.optimizer))
+    seeds, problem = tuple(range(seed, seed + repeats)), make_problem(epochs, out)
+    results: list[Result] = []
+    baselines: dict[str, Result] = {}
+    with running(out, "runs", RUNS_PER_ROW * len(ROWS) * repeats) as runner:
+        for optimizer, head in ROWS:
+            tuner = tuner_of(optimizer, lam, repeats)
+            comparison = Comparison(problem, runner, tuner, keep=out / "params")
+            method = Method(optimizer, *HEADS[head], init=methods.OF_NETWORK)
+            baseline = baselines.get(optimizer)
+            result = result_of(comparison, head, method, batch_size, seeds, baseline)
+            baselines.setdefault(optimizer, result)
+            results.append(result)
+        drawn = draw(comparison, results, seed, out)
 
+    rows = [numbers_of(result, baselines[result.optimizer]) for result in results]
     caption = (
         f"Burgers' equation, {epochs} epochs, batch {batch_size}, lam {lam:g}, beta {BETA:g}, "
         f"{'mean of seeds' if repeats > 1 else 'seed'} {', '.join(map(str, seeds))}. All heads but "
         "'gradient' are in closed form. Test MSE on 400 samples and 8192 points, in units of u^2 "
-        f"(variance {splits.train.final.var():.2f})."
+        f"(variance {data.load_burgers(out).train.final.var():.2f})."
     )
-    rows = report.summarize(outcomes, baseline=GRADIENT)
-    report.write(out, rows, caption, {**plan.task.settings, "epochs": epochs, "seeds": seeds})
-    draw(plan, splits, outcomes)
-    report.show(console, rows, caption)
-    seconds = time.perf_counter() - start
-    console.print(f"{seconds:.0f} s. This table, its numbers and two figures are in {out}.")
+    table = Table(f"{caption}\n{EXPLANATION}", HEADINGS, tuple(map(cells, rows)))
+    write(out, table, rows, {**problem.settings, "lam": lam, "epochs": epochs, "seeds": seeds})
+    title, command = "The quickstart", "python -m benchmarks quickstart"
+    show(Summary(title, command, "", [table], [], drawn))
+
+
+EXPERIMENTS = (Experiment(quickstart, None, place=0),)

@@ -1,31 +1,29 @@
 """rules: which head to take, the best gradient head, a fixed penalty or one that tunes itself.
 
-Top of the benchmarks. Every row is tuned jointly with the same budget; see `joint.py`.
+Every row is tuned jointly with the same budget.
 """
 
 import itertools
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from rich.console import Console
+import numpy as np
 
-from benchmarks import findings, joint, summary, training
-from benchmarks.comparison import Comparison, Config, MissingError, Outcome, Problem
-from benchmarks.experiments import burgers, classification
-from benchmarks.methods import (
-    ADAPTIVE,
-    EQUATION_17,
-    PROXIMAL,
-    SOFTMAX,
-    TWO_TIMESCALE,
-    Method,
-)
-from benchmarks.progress import SweepProgress
-from benchmarks.records import Records
-from benchmarks.tasks import kdv, tables
-from benchmarks.timing import interleaved_seconds
+from benchmarks.core import tuner
+from benchmarks.core.comparison import Comparison, Config, Outcome
+from benchmarks.core.methods import ADAPTIVE, EQUATION_17, PROXIMAL, SOFTMAX, TWO_TIMESCALE, Method
+from benchmarks.core.problem import Problem
+from benchmarks.core.records import Records
+from benchmarks.core.runner import MissingError, Runner, running
+from benchmarks.core.timing import interleaved, training_step
+from benchmarks.core.training import first_at_or_below
+from benchmarks.core.tuner import Values
+from benchmarks.experiments import Experiment
+from benchmarks.reporting.comparisons import higher, lower, mean_and_interval
+from benchmarks.reporting.summary import Claim, Summary, Table, show
+from benchmarks.tasks import burgers, images, kdv, tables
 
 Task = Literal["burgers", "kdv", "rf1", "california", "cifar10", "omniglot"]
 OPTIMIZERS = ("SGD", "Adam", "Muon")
@@ -59,12 +57,12 @@ Found = dict[Row, Outcome]
 def make_problem(task: Task, data: Path | None, out: Path) -> Problem:
     """A task, at the size of the preset "cpu" where an experiment of its own has one."""
     if task == "burgers":
-        return burgers.make_problem(burgers.SIZES["cpu"], out, None)
+        return burgers.make_problem(burgers.SIZES["cpu"], out)
     if task == "kdv":
         return kdv.make_problem()
     if task == "rf1" or task == "california":
         return tables.make_problem(task, data)
-    return classification.make_problem(task, classification.SIZES[task, "cpu"], data)
+    return images.make_problem(task, images.SIZES[task, "cpu"], data)
 
 
 def heads_of(task: Task) -> tuple[str, ...]:
@@ -84,17 +82,21 @@ def tune(comparison: Comparison, row: Row, task: Task) -> Outcome:
     method = methods.get(row.head, Method(row.optimizer, TWO_TIMESCALE, loss=loss, init="zeros"))
     rate, strength = comparison.problem.start(Method(row.optimizer, PROXIMAL))
     if row.head in methods:
-        return joint.tune(comparison, method, row.batch_size, SEEDS, (rate, strength))
+        return comparison.tune(method, row.batch_size, SEEDS, (rate, strength or 1.0))
     # Where a slow head was good in trials: in classification. Elsewhere the ordinary one.
     start = rate, 0.01 if task in CLASSIFIERS else 1.0
-    zeros = joint.tune(comparison, method, row.batch_size, SEEDS, start)
+    zeros = comparison.tune(method, row.batch_size, SEEDS, start)
     # The other initialization only where zeros are good: it makes a difference of a few percent.
-    near = joint.best_candidates(zeros, comparison.problem.sign)
-    lecun = joint.tune(
-        comparison, method._replace(init=None), row.batch_size, SEEDS, start, candidates=near
+    lecun = comparison.tune(
+        method._replace(init=None), row.batch_size, SEEDS, candidates=best_candidates(zeros)
     )
     sign = comparison.problem.sign
     return min(zeros, lecun, key=lambda outcome: sign * outcome.validation[:, -1].mean())
+
+
+def best_candidates(outcome: Outcome) -> list[Values]:
+    """The three best of those that an outcome's search tried; among equals by their digits."""
+    return sorted(outcome.tried, key=lambda values: (outcome.tried[values], str(values)))[:3]
 
 
 def compare(
@@ -107,11 +109,34 @@ def compare(
     found: Found = {}
     for batch_size, optimizer, head in itertools.product(batch_sizes, optimizers, heads_of(task)):
         row = Row(optimizer, head, batch_size)
-        try:
+        with suppress(MissingError):
             found[row] = tune(comparison, row, task)
-        except MissingError:
-            continue
     return found
+
+
+def seconds_of(comparison: Comparison, found: Found) -> dict[Row, float]:
+    """Seconds of a step, measured in turn for the rows of one optimizer and batch size."""
+    seconds: dict[Row, float] = {}
+    for optimizer, batch_size in dict.fromkeys((row.optimizer, row.batch_size) for row in found):
+        rows = [row for row in found if (row.optimizer, row.batch_size) == (optimizer, batch_size)]
+
+        def measure(rows: list[Row] = rows) -> dict[str, list[float]]:
+            steps = {
+                row.head: training_step(comparison, config_of(found[row]), num_steps=1000)
+                for row in rows
+            }
+            return {"seconds": [float(np.median(s)) for s in interleaved(steps, 30).values()]}
+
+        key = {"seconds per step": comparison.problem.settings, "rows": [list(row) for row in rows]}
+        with suppress(MissingError):
+            record = comparison.runner.run(key, measure, f"B {batch_size:<5} {optimizer} in turn")
+            seconds |= dict(zip(rows, record["seconds"], strict=True))
+    return seconds
+
+
+def config_of(outcome: Outcome) -> Config:
+    """The first of an outcome's runs."""
+    return Config(outcome.method, outcome.batch_size, outcome.rate, outcome.strength, seed=0)
 
 
 def near_in_error(adaptive: Outcome, fixed: Outcome) -> bool:
@@ -124,174 +149,119 @@ def near_in_accuracy(adaptive: Outcome, fixed: Outcome) -> bool:
     return bool(adaptive.final.mean() >= fixed.final.mean() - CLASSIFICATION)
 
 
-def seconds_of(
-    problem: Problem, records: Records, found: Found, *, train: bool = True
-) -> dict[Row, float]:
-    """Seconds of a step, measured in turn for the rows of one optimizer and batch size."""
-    seconds: dict[Row, float] = {}
-    for optimizer, batch_size in dict.fromkeys((row.optimizer, row.batch_size) for row in found):
-        rows = [row for row in found if (row.optimizer, row.batch_size) == (optimizer, batch_size)]
-        key = {"seconds per step": problem.settings, "rows": [list(row) for row in rows]}
-        record = records.get(key)
-        if record is None:
-            if not train:
-                continue
-            configs = [config_of(found[row]) for row in rows]
-            record = {"seconds": interleaved_seconds(problem, configs)}
-            records.add(key, record)
-        seconds |= dict(zip(rows, record["seconds"], strict=True))
-    return seconds
+def table_of(task: Task, found: Found, caption: str, cell: Callable[[Row, Outcome], str]) -> Table:
+    """Rows: batch size and optimizer; columns: the heads."""
+    heads, lines = heads_of(task), []
+    for batch_size, optimizer in dict.fromkeys((r.batch_size, r.optimizer) for r in found):
+        rows = [Row(optimizer, head, batch_size) for head in heads]
+        cells = (cell(row, found[row]) if row in found else "" for row in rows)
+        lines.append((str(batch_size), optimizer, *cells))
+    return Table(f"{task}: {caption}", ("B", "optimizer", *heads), tuple(lines))
 
 
-def config_of(outcome: Outcome) -> Config:
-    """The first of an outcome's runs."""
-    return Config(outcome.method, outcome.batch_size, outcome.rate, outcome.strength, seed=0)
+def task_table(task: Task, problem: Problem, found: Found, seconds: Mapping[Row, float]) -> Table:
+    """Errors, each with its time to the first head's end."""
+    sign = problem.sign
 
-
-def steps_to(outcome: Outcome, level: float, sign: int) -> int | None:
-    """After how many steps the mean test curve is at a level or better; None if never."""
-    return training.first_at_or_below(outcome.steps, sign * outcome.test.mean(axis=0), sign * level)
-
-
-def task_table(
-    task: Task, problem: Problem, found: Found, seconds: Mapping[Row, float]
-) -> summary.Table:
-    """Rows: batch size and optimizer; columns: the heads, each with its time to the first's end."""
-    digits, sign = (".3f" if task in CLASSIFIERS else ".2e"), problem.sign
-
-    def cell(row: Row) -> str:
-        outcome, baseline = found.get(row), found.get(row._replace(head=GRADIENT_HEAD))
-        if outcome is None:
-            return ""
-        text = findings.mean_and_interval(outcome.final, digits)
+    def cell(row: Row, outcome: Outcome) -> str:
+        text = mean_and_interval(outcome.final, digits_of(task))
+        baseline = found.get(row._replace(head=GRADIENT_HEAD))
         if row not in seconds or baseline is None:
             return text
         text += f"; {1e3 * seconds[row]:.1f} ms"
         if outcome is baseline:
             return text + f", {seconds[row] * outcome.steps[-1]:.1f} s"
-        steps = steps_to(outcome, baseline.test[:, -1].mean(), sign)
+        curve, level = sign * outcome.test.mean(axis=0), sign * baseline.test[:, -1].mean()
+        steps = first_at_or_below(outcome.steps, curve, level)
         return text + (", never" if steps is None else f", {seconds[row] * steps:.1f} s")
 
-    heads = heads_of(task)
-    lines = [
-        (str(batch_size), optimizer, *(cell(Row(optimizer, head, batch_size)) for head in heads))
-        for batch_size, optimizer in dict.fromkeys((r.batch_size, r.optimizer) for r in found)
-    ]
     caption = (
-        f"{task}: test {problem.metric}, mean ± half the 95 % interval; milliseconds per step; "
+        f"test {problem.metric}, mean ± half the 95 % interval; milliseconds per step; "
         "seconds of training until the test curve is as good as the gradient head's at its end."
     )
-    return summary.Table(caption, ("B", "optimizer", *heads), tuple(lines))
+    return table_of(task, found, caption, cell)
 
 
-def tuned_table(task: Task, found: Found) -> summary.Table:
+def tuned_table(task: Task, found: Found) -> Table:
     """The hyperparameters behind `task_table`."""
-    heads = heads_of(task)
 
-    def cell(row: Row) -> str:
-        outcome = found.get(row)
-        if outcome is None:
-            return ""
+    def cell(row: Row, outcome: Outcome) -> str:
         strength = "" if outcome.strength is None else f", {outcome.strength:g}"
         lecun = outcome.method.head == TWO_TIMESCALE and outcome.method.init is None
-        init = ", LeCun" if lecun else ""
-        return f"{outcome.rate:g}{strength}{init}"
+        return f"{outcome.rate:g}{strength}{', LeCun' if lecun else ''}"
 
-    lines = [
-        (str(batch_size), optimizer, *(cell(Row(optimizer, head, batch_size)) for head in heads))
-        for batch_size, optimizer in dict.fromkeys((r.batch_size, r.optimizer) for r in found)
-    ]
-    caption = f"{task}: best rate, and ratio or lam; a gradient head starts at zero or LeCun's."
-    return summary.Table(caption, ("B", "optimizer", *heads), tuple(lines))
+    caption = "best rate, and ratio or lam; a gradient head starts at zero or LeCun's."
+    return table_of(task, found, caption, cell)
 
 
-def claim(
-    sentence: str,
-    task: Task,
-    found: Found,
-    head: str,
-    other: str,
-    holds: Callable[[Outcome, Outcome], bool],
-) -> summary.Claim:
-    """A sentence about two heads, at every batch size with every optimizer that was run."""
-    digits = ".3f" if task in CLASSIFIERS else ".2e"
-    verdicts, evidence = [], []
-    for row, left in found.items():
-        right = found.get(row._replace(head=other))
-        if row.head != head or right is None:
-            continue
-        verdicts.append(holds(left, right))
-        evidence.append(
-            f"{row.optimizer} {row.batch_size}: {left.final.mean():{digits}} against "
-            f"{right.final.mean():{digits}}{'' if verdicts[-1] else ' (no)'}"
-        )
-    return summary.Claim(sentence, all(verdicts) if verdicts else None, "; ".join(evidence))
+def digits_of(task: Task) -> str:
+    """How its metric is printed."""
+    return ".3f" if task in CLASSIFIERS else ".2e"
 
 
-def claims_of(task: Task, found: Found) -> list[summary.Claim]:
-    """What is said of a task."""
-    if task in CLASSIFIERS:
-        better, near, by = findings.higher, near_in_accuracy, "2 points"
-    else:
-        better, near, by = findings.lower, near_in_error, "10 %"
-    claims = [
-        claim(
-            f"{task}: a fixed penalty is better than a gradient head of any ratio.",
-            task,
-            found,
+def claims_of(task: Task, found: Found) -> list[Claim]:
+    """What is said of two heads, at every batch size with every optimizer that was run."""
+    classes, digits = task in CLASSIFIERS, digits_of(task)
+    better, near = (higher, near_in_accuracy) if classes else (lower, near_in_error)
+    by = "2 points" if classes else "10 %"
+    sentences = [
+        (
+            "a fixed penalty is better than a gradient head of any ratio.",
             FIXED,
             GRADIENT_HEAD,
             better,
         ),
-        claim(
-            f"{task}: a self-tuned penalty is within {by} of the best fixed.",
-            task,
-            found,
-            TUNED,
-            FIXED,
-            near,
+        (f"a self-tuned penalty is within {by} of the best fixed.", TUNED, FIXED, near),
+        (
+            "the softmax head is better than cross entropy by gradient, of any ratio.",
+            SOFTMAX_HEAD,
+            CROSS_ENTROPY,
+            better,
         ),
     ]
-    if task in CLASSIFIERS:
-        claims.append(
-            claim(
-                f"{task}: the softmax head is better than cross entropy by gradient, of any ratio.",
-                task,
-                found,
-                SOFTMAX_HEAD,
-                CROSS_ENTROPY,
-                better,
+    claims = []
+    for sentence, head, other, holds in sentences[: 3 if classes else 2]:
+        verdicts, evidence = [], []
+        for row, left in found.items():
+            right = found.get(row._replace(head=other))
+            if row.head != head or right is None:
+                continue
+            verdicts.append(holds(left, right))
+            evidence.append(
+                f"{row.optimizer} {row.batch_size}: {left.final.mean():{digits}} against "
+                f"{right.final.mean():{digits}}{'' if verdicts[-1] else ' (no)'}"
             )
-        )
+        decided = all(verdicts) if verdicts else None
+        claims.append(Claim(f"{task}: {sentence}", decided, "; ".join(evidence)))
     return claims
 
 
-def summarize(records: Records, figures: Path, preset: str = "cpu") -> summary.Summary:
-    """The page for a decision, of all tasks that were run.
+Part = tuple[Table, Table, list[Claim]]
 
-    Args:
-      records: finished runs.
-      figures, preset: of no effect; what all experiments take.
-    """
+
+def part_of(
+    task: Task, comparison: Comparison, batch_sizes: tuple[int, ...], optimizers: tuple[str, ...]
+) -> Part | None:
+    """What is found of a task; nothing if there is nothing."""
+    found = compare(comparison, task, batch_sizes, optimizers)
+    numbers = task_table(task, comparison.problem, found, seconds_of(comparison, found))
+    return (numbers, tuned_table(task, found), claims_of(task, found)) if found else None
+
+
+def summarize(records: Records, figures: Path, preset: str) -> Summary:
+    """The page for a decision, of all tasks that were run."""
     parts = []
     for task in get_args(Task):
-        problem = make_problem(task, None, Path())
-        found = compare(Comparison(problem, records, train=False), task, BATCH_SIZES[task])
-        if found:
-            seconds = seconds_of(problem, records, found, train=False)
-            parts.append(
-                (
-                    task_table(task, problem, found, seconds),
-                    tuned_table(task, found),
-                    claims_of(task, found),
-                )
-            )
-    return page(parts)
+        problem, runner = make_problem(task, None, Path()), Runner(records, make=False)
+        comparison = Comparison(problem, runner, tuner.JOINTLY)
+        parts.append(part_of(task, comparison, BATCH_SIZES[task], OPTIMIZERS))
+    return page(filter(None, parts))
 
 
-def page(parts: list[tuple[summary.Table, summary.Table, list[summary.Claim]]]) -> summary.Summary:
+def page(parts: Iterable[Part]) -> Summary:
     """Tables and claims of tasks as one summary."""
-    return summary.Summary(
+    listed = list(parts)
+    return Summary(
         title="Which head to take",
         command="python -m benchmarks rules --task <task>",
         setup="`cfll.prox(lam)` and `cfll.adaptive_prox()`, in the order of Eq. (17), against "
@@ -301,8 +271,8 @@ def page(parts: list[tuple[summary.Table, summary.Table, list[summary.Claim]]]) 
         "decades of rates and decades of ratio or lam, the best three on a second seed, the best "
         "on five; chosen by the last validation metric. All rates decay on a cosine. Times per "
         "step are measured in turn.",
-        tables=[table for numbers, tuned, _ in parts for table in (numbers, tuned)],
-        claims=[claim for *_, claims in parts for claim in claims],
+        tables=[table for numbers, tuned, _ in listed for table in (numbers, tuned)],
+        claims=[claim for *_, claims in listed for claim in claims],
         figures=[],
     )
 
@@ -326,25 +296,12 @@ def rules(
       data: folder of CIFAR-10's official files, of Omniglot's zips, or of the tables' .csv.
       out: folder of finished runs and generated data.
     """
-    start = time.perf_counter()
-    console = Console()
     chosen = batch_sizes or BATCH_SIZES[task]
-    num_rows = len(heads_of(task)) * len(optimizers) * len(chosen)
-    problem, records = make_problem(task, data, out), Records(out / "rules.jsonl")
-    with SweepProgress(console, RUNS_PER_ROW * num_rows) as progress:
-        comparison = Comparison(problem, records, progress=progress)
-        found = compare(comparison, task, chosen, optimizers)
-    seconds = seconds_of(problem, records, found)
-    summary.show(
-        console,
-        page(
-            [
-                (
-                    task_table(task, problem, found, seconds),
-                    tuned_table(task, found),
-                    claims_of(task, found),
-                )
-            ]
-        ),
-    )
-    console.print(f"{time.perf_counter() - start:.0f} s. Runs are in {out}.")
+    num_runs = RUNS_PER_ROW * len(heads_of(task)) * len(optimizers) * len(chosen)
+    with running(out, "rules", num_runs) as runner:
+        comparison = Comparison(make_problem(task, data, out), runner, tuner.JOINTLY)
+        part = part_of(task, comparison, chosen, optimizers)
+    show(page(filter(None, [part])))
+
+
+EXPERIMENTS = (Experiment(rules, summarize, place=1),)

@@ -5,11 +5,8 @@ A small network with `cfll.prox`, then its last layer again from one pass over t
 network's own head and an ensemble of five, both with the noise variance of their training
 residuals, the ensemble with the variance between its members, too. Each as it is, and with its
 variances times one factor per output that rows held out ask for. Nothing is tuned.
-
-Top of the benchmarks: one experiment, one command.
 """
 
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -18,17 +15,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from rich.console import Console
 
 import cfll
-from benchmarks import summary, training
-from benchmarks.comparison import network
+from benchmarks.core.comparison import Comparison, Config
+from benchmarks.core.methods import EQUATION_17, PROXIMAL, Batch, Method
+from benchmarks.core.problem import Data, Problem, network
+from benchmarks.core.records import Record, Records
+from benchmarks.core.runner import Runner, running
+from benchmarks.core.timing import interleaved
 from benchmarks.data.tables import Rows, TableName, load_table
-from benchmarks.findings import mean_and_interval
+from benchmarks.experiments import Experiment
 from benchmarks.models.mlp import MLP
-from benchmarks.progress import SweepProgress
-from benchmarks.records import Record, Records
+from benchmarks.reporting.comparisons import mean_and_interval
+from benchmarks.reporting.summary import Claim, Summary, Table, show
 
 HEAD, POSTERIOR, KALMAN, ENSEMBLE = "head", "bayesian_ridge", "kalman", "ensemble"
 RESCALED = ", rescaled"
@@ -36,26 +35,18 @@ WITHIN = 1.6448536  # standard deviations of a normal that hold 90 %
 
 
 class Settings(NamedTuple):
-    """What is trained and timed.
+    """What is trained and timed."""
 
-    Attributes:
-      epochs: table -> passes over the training rows, about 5000 steps.
-      batch_size, rate, lam, hidden: of the network; Adam, cosine decay.
-      num_features: d.
-      num_members: of the ensemble.
-      num_seeds: of split, initialization and shuffling.
-      timed: numbers of features.
-    """
-
+    # Table -> passes over the training rows, about 5000 steps.
     epochs: tuple[tuple[TableName, int], ...] = (("california", 20), ("rf1", 60))
-    batch_size: int = 256
+    batch_size: int = 256  # batch_size, rate, lam, hidden: of the network; Adam, cosine decay
     rate: float = 1e-3
     lam: float = 10.0
     hidden: int = 256
-    num_features: int = 512
-    num_members: int = 5
-    num_seeds: int = 3
-    timed: tuple[int, ...] = (512, 2048)
+    num_features: int = 512  # d
+    num_members: int = 5  # of the ensemble
+    num_seeds: int = 3  # of split, initialization and shuffling
+    timed: tuple[int, ...] = (512, 2048)  # numbers of features
 
 
 SETTINGS = Settings()
@@ -63,54 +54,40 @@ Prediction = tuple[Any, Any]  # mean and variance, (n, o)
 
 
 class Trained(NamedTuple):
-    """A network after training.
+    """A network after training."""
 
-    Attributes:
-      features_of: inputs (n, columns) -> features (n, d).
-      head: of its last step.
-      noise: variance of its training residuals, (o,).
-    """
-
-    features_of: Callable[[Any], jax.Array]
-    head: cfll.LinearHead
-    noise: np.ndarray
+    features_of: Callable[[Any], jax.Array]  # inputs (n, columns) -> features (n, d)
+    head: cfll.LinearHead  # of its last step
+    noise: np.ndarray  # variance of its training residuals, (o,)
 
 
 def train(settings: Settings, rows: Rows, epochs: int, seeds: Iterable[int]) -> list[Trained]:
     """Networks of these seeds, one after the other."""
-    outputs, rule = rows.targets.shape[1], cfll.prox(settings.lam)
-    model = MLP((settings.hidden, settings.num_features), outputs)
-    num_steps = epochs * (len(rows.targets) // settings.batch_size)
-    schedule = optax.cosine_decay_schedule(settings.rate, num_steps)
-    tx = cfll.closed_form(optax.adam(schedule), rule)
-    apply = network(model, 0, rows.inputs[:1]).apply  # seeds differ in their parameters only
+    model = MLP((settings.hidden, settings.num_features), rows.targets.shape[1])
+    data = Data(Batch(*rows), Batch(*rows))
+    problem = Problem(
+        settings={},
+        epochs=lambda batch_size: epochs,
+        load=lambda: data,
+        network=partial(network, model),
+        metric="MSE",
+        start=lambda method: (settings.rate, settings.lam),
+    )
+    comparison = Comparison(problem, Runner(Records(Path("none"))))
+    apply = problem.network(0, rows.inputs[:1]).apply  # seeds differ in their parameters only
 
     @jax.jit
     def features_of(params: Any, inputs: Any) -> jax.Array:
         return apply(params, {}, inputs, train=False)[0]
 
-    @jax.jit
-    def step(params: Any, opt_state: Any, inputs: Any, targets: Any) -> Any:
-        def loss_fn(params: Any) -> Any:
-            features = features_of(params, inputs)
-            return rule.loss(features, targets, cfll.get_state(opt_state))
-
-        grads, solution = jax.grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = tx.update(grads, opt_state, params, solution=solution)
-        return optax.apply_updates(params, updates), opt_state
-
     found = []
     for seed in seeds:
-        params = network(model, seed, rows.inputs[:1]).params
-        zeros = cfll.LinearHead.zeros(settings.num_features, outputs)
-        params = cfll.set_head(params, "head", zeros)
-        opt_state = tx.init(params)
-        options: Any = {"batch_size": settings.batch_size, "epochs": epochs, "seed": seed}
-        for batch in training.batches(*rows, **options):
-            params, opt_state = step(params, opt_state, *batch)
-        head = cfll.get_state(opt_state).anchor
-        noise = np.var(rows.targets - head(features_of(params, rows.inputs)), axis=0)
-        found.append(Trained(partial(features_of, params), head, noise))
+        method = Method("Adam", PROXIMAL, EQUATION_17)
+        config = Config(method, settings.batch_size, settings.rate, settings.lam, seed)
+        state, *_ = comparison.train(config)
+        head = cfll.get_state(state.opt_state).anchor
+        noise = np.var(rows.targets - head(features_of(state.params, rows.inputs)), axis=0)
+        found.append(Trained(partial(features_of, state.params), head, noise))
     return found
 
 
@@ -150,7 +127,7 @@ def predictors(settings: Settings, table: TableName, rows: Rows, seed: int) -> A
     }
 
 
-def outcome(settings: Settings, table: TableName, data: Path, seed: int) -> Record:
+def scores_of(settings: Settings, table: TableName, data: Path, seed: int) -> Record:
     """The scores of every method on the test rows of one split, as it is and rescaled."""
     rows, test = load_table(data, table, seed)
     ninth = len(rows.targets) // 10
@@ -187,16 +164,6 @@ def key_of(settings: Settings, table: TableName, seed: int) -> Record:
 # What it costs ------------------------------------------------------------------------------------
 
 
-def milliseconds(run: Callable[[], Any], repeats: int = 5) -> float:
-    """The fastest of some runs after the first, which compiles."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times[1:])
-
-
 def costs(d: int, samples: int = 128, outputs: int = 8) -> Record:
     """Milliseconds, and megabytes that XLA asks for beside arguments."""
     rng, rows = np.random.default_rng(0), max(4 * d, 8 * samples)
@@ -210,7 +177,8 @@ def costs(d: int, samples: int = 128, outputs: int = 8) -> Record:
     def measured(program: Any, *arguments: Any) -> list[float]:
         memory = program.memory_analysis()
         size = memory.temp_size_in_bytes + memory.output_size_in_bytes
-        return [milliseconds(lambda: program(*arguments)), size / 1e6]
+        seconds = interleaved({"": lambda: program(*arguments)}, rounds=5)[""]
+        return [1e3 * min(seconds), size / 1e6]
 
     found = {
         "ridge": measured(compiled(lambda sums: sums.ridge(1.0), sums), sums),
@@ -237,7 +205,7 @@ def costs(d: int, samples: int = 128, outputs: int = 8) -> Record:
 # What the numbers say -----------------------------------------------------------------------------
 
 
-def summarize(records: Records, figures: Path, preset: str = "cpu") -> summary.Summary:
+def summarize(records: Records, figures: Path, preset: str) -> Summary:
     """Replay the experiment on its records; there are no figures and one preset only."""
     settings, rows, claims = SETTINGS, [], []
     for table, _ in settings.epochs:
@@ -262,12 +230,12 @@ def summarize(records: Records, figures: Path, preset: str = "cpu") -> summary.S
                 for name, score in ((POSTERIOR, "coverage"), (POSTERIOR, "nll"), (ENSEMBLE, "nll"))
             )
             claims += [
-                summary.Claim(
+                Claim(
                     f"{table}: 90 % intervals of {POSTERIOR}{end} hold 88 to 92 % of test targets.",
                     bool(abs(coverage - 0.9) <= 0.02),
                     f"{coverage:.3f}",
                 ),
-                summary.Claim(
+                Claim(
                     f"{table}: the negative log likelihood of {POSTERIOR}{end} is at most that of "
                     f"an ensemble of {settings.num_members}{end}.",
                     bool(ours <= theirs),
@@ -280,7 +248,7 @@ def summarize(records: Records, figures: Path, preset: str = "cpu") -> summary.S
         for name in (times[0][1] if times else ())
     )
     headings = tuple(text for d, _ in times for text in (f"d = {d}: ms", "MB"))
-    return summary.Summary(
+    return Summary(
         title="Predictions that know their error",
         command="python -m benchmarks uncertainty --data FOLDER",
         setup=(
@@ -292,14 +260,14 @@ def summarize(records: Records, figures: Path, preset: str = "cpu") -> summary.S
             "factor per output, from the rows held out."
         ),
         tables=(
-            summary.Table(
+            Table(
                 "On the test rows, targets of variance one, mean of "
                 f"{settings.num_seeds} splits ± half the 95 % interval. Coverage: share of the "
                 "targets within their 90 % interval, of all outputs and of the worst.",
                 ("table", "method", "MSE", "coverage", "worst output", "NLL"),
                 tuple(rows),
             ),
-            summary.Table(
+            Table(
                 "Milliseconds of one call, 8 outputs (rules: of an update by 128 samples after the "
                 "first few), and megabytes of its results and temporary arrays.",
                 ("", *headings),
@@ -331,19 +299,21 @@ def uncertainty(data: Path | None = None, out: Path = Path("benchmarks/out/uncer
       data: folder of california.csv and rf1.csv.
       out: folder of finished runs.
     """
-    console, settings, records = Console(), SETTINGS, Records(out / "uncertainty.jsonl")
-    for d in settings.timed:
-        if records.get({"timed": d}) is None:
-            records.add({"timed": d}, costs(d))
-    tables = settings.epochs if data is not None else ()
-    with SweepProgress(console, len(tables) * settings.num_seeds) as progress:
+    settings, tables = SETTINGS, (SETTINGS.epochs if data is not None else ())
+    num_runs = len(settings.timed) + len(tables) * settings.num_seeds
+    with running(out, "uncertainty", num_runs) as runner:
+        for d in settings.timed:
+            runner.run({"timed": d}, partial(costs, d), f"timed at d = {d}")
         for table, _ in tables:
+            assert data is not None
             for seed in range(settings.num_seeds):
-                key = key_of(settings, table, seed)
-                if records.get(key) is None:
-                    assert data is not None
-                    progress.start(f"{table} split {seed}", 1)
-                    records.add(key, outcome(settings, table, data, seed))
-                coverage = (records.get(key) or {})[POSTERIOR]["coverage"]
-                progress.finish(f"{table} split {seed}  coverage {coverage:.3f}")
-    summary.show(console, summarize(records, out))
+                runner.run(
+                    key_of(settings, table, seed),
+                    partial(scores_of, settings, table, data, seed),
+                    f"{table} split {seed}",
+                    lambda record: f"coverage {record[POSTERIOR]['coverage']:.3f}",
+                )
+    show(summarize(Records(out / "uncertainty.jsonl"), out, "cpu"))
+
+
+EXPERIMENTS = (Experiment(uncertainty, summarize, place=110),)

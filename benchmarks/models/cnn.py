@@ -15,17 +15,10 @@ import jax
 
 
 def split_patches(images: jax.Array, side: int) -> jax.Array:
-    """Squares that do not overlap, flattened.
+    """Squares that do not overlap, flattened in the order of a convolution's kernel.
 
-    Args:
-      images: (batch, height, width, channels).
-      side: of the squares, in pixels.
-
-    Returns:
-      (batch, height / side, width / side, side^2 channels), in the order of a convolution's kernel.
-
-    Raises:
-      ValueError: the side does not divide height and width.
+    (batch, height, width, channels) -> (batch, height / side, width / side, side^2 channels).
+    Raises ValueError if the side does not divide height and width.
     """
     batch, height, width, channels = images.shape
     if height % side or width % side:
@@ -36,18 +29,12 @@ def split_patches(images: jax.Array, side: int) -> jax.Array:
 
 
 class CNN(nn.Module):
-    """3 x 3 convolutions of stride 2, a dense layer to the features, linear head.
+    """3 x 3 convolutions of stride 2, a dense layer to the features, linear head."""
 
-    Attributes:
-      widths: channels of the convolutions.
-      num_features: d, the inputs of the head.
-      num_outputs: o, the outputs of the head.
-      patch: if not None, the first layer sees squares of this side that do not overlap.
-    """
-
-    widths: tuple[int, ...] = (32, 64, 128)
-    num_features: int = 256
-    num_outputs: int = 10
+    widths: tuple[int, ...] = (32, 64, 128)  # channels of the convolutions
+    num_features: int = 256  # d, the inputs of the head
+    num_outputs: int = 10  # o, the outputs of the head
+    # If not None, the first layer sees squares of this side that do not overlap.
     patch: int | None = None
 
     def setup(self) -> None:
@@ -60,15 +47,7 @@ class CNN(nn.Module):
         self.head = nn.Dense(self.num_outputs)
 
     def features(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """What the head sees.
-
-        Args:
-          images: (batch, height, width, channels), normalized.
-          train: of no effect, here for the interface of networks that have a state.
-
-        Returns:
-          Features of shape (batch, num_features).
-        """
+        """What the head sees, (batch, d), of normalized images (batch, height, width, channels)."""
         if self.patch is None:
             x = self.first(images)
         else:

@@ -14,19 +14,14 @@ import jax
 
 
 class Stack(nn.Module):
-    """Dense layers, each optionally followed by an activation and a batch norm.
+    """Dense layers, each optionally followed by an activation and a batch norm."""
 
-    Attributes:
-      widths: outputs of the layers.
-      activations: one per layer; `None` for a linear one.
-      normalized: per layer, `"before"` or `"after"` its activation, or `""` for no batch norm.
-      spectral: whether the kernels are divided by their largest singular value.
-    """
-
-    widths: tuple[int, ...]
+    widths: tuple[int, ...]  # outputs of the layers
+    # One per layer; `None` for a linear one.
     activations: tuple[Callable[[jax.Array], jax.Array] | None, ...]
+    # Per layer, `"before"` or `"after"` its activation, or `""` for no batch norm.
     normalized: tuple[str, ...]
-    spectral: bool = False
+    spectral: bool = False  # whether the kernels are divided by their largest singular value
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -57,11 +52,7 @@ def _scaled(widths: tuple[int, ...], factor: float) -> tuple[int, ...]:
 
 
 def dsprites_treatment(width_factor: float = 1.0) -> Stack:
-    """Treatment features of images: 4096 pixels -> 32 features within -1 and 1.
-
-    Args:
-      width_factor: scales the hidden widths; 1 is the published network.
-    """
+    """Treatment features of images: 4096 pixels -> 32 features within -1 and 1."""
     return Stack(
         widths=_scaled((1024, 512, 128, 32), width_factor),
         activations=(nn.relu, nn.relu, nn.relu, nn.tanh),
@@ -71,11 +62,7 @@ def dsprites_treatment(width_factor: float = 1.0) -> Stack:
 
 
 def dsprites_instrument(width_factor: float = 1.0) -> Stack:
-    """Instrument features of (scale, orientation, posX): 3 -> 32 features, none negative.
-
-    Args:
-      width_factor: scales the hidden widths; 1 is the published network.
-    """
+    """Instrument features of (scale, orientation, posX): 3 -> 32 features, none negative."""
     return Stack(
         widths=_scaled((256, 128, 128, 32), width_factor),
         activations=(nn.relu, nn.relu, nn.relu, nn.relu),
@@ -85,24 +72,14 @@ def dsprites_instrument(width_factor: float = 1.0) -> Stack:
 
 
 def demand_treatment(width_factor: float = 1.0) -> Stack:
-    """Treatment feature of the price: 1 -> 1 feature.
-
-    Args:
-      width_factor: scales the hidden width; 1 is the published network.
-    """
+    """Treatment feature of the price: 1 -> 1 feature."""
     return Stack(
-        widths=_scaled((16, 1), width_factor),
-        activations=(nn.relu, None),
-        normalized=("", ""),
+        widths=_scaled((16, 1), width_factor), activations=(nn.relu, None), normalized=("", "")
     )
 
 
 def demand_instrument(width_factor: float = 1.0) -> Stack:
-    """Instrument features of (cost, time, type): 3 -> 32 features.
-
-    Args:
-      width_factor: scales the hidden widths; 1 is the published network.
-    """
+    """Instrument features of (cost, time, type): 3 -> 32 features."""
     return Stack(
         widths=_scaled((128, 64, 32), width_factor),
         activations=(nn.relu, nn.relu, None),
@@ -111,11 +88,7 @@ def demand_instrument(width_factor: float = 1.0) -> Stack:
 
 
 def demand_covariate(width_factor: float = 1.0) -> Stack:
-    """Covariate features of (time, type): 2 -> 16.
-
-    Args:
-      width_factor: scales the hidden widths; 1 is the published network.
-    """
+    """Covariate features of (time, type): 2 -> 16."""
     return Stack(
         widths=_scaled((128, 32, 16), width_factor),
         activations=(nn.relu, nn.relu, nn.relu),

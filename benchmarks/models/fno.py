@@ -67,11 +67,8 @@ class SpectralConv(nn.Module):
 def truncated_fourier(points: int, modes: int) -> tuple[np.ndarray, np.ndarray]:
     """Real Fourier transform of the lowest modes, and back, as matrices.
 
-    Both scale with the grid such that the modes of one function are the same on every grid.
-
-    Returns:
-      (2 modes, points): real parts, then imaginary parts of the modes 0 .. modes - 1;
-      (points, 2 modes): the real function that has these modes and no others.
+    Both scale with the grid such that the modes of one function are the same on every grid. (2
+    modes, points): real parts, then imaginary parts of the modes 0 .. modes - 1; and its inverse.
     """
     k = np.arange(modes)
     # Reduced modulo the grid in integers: angles of thousands of radians lose digits.
@@ -84,21 +81,13 @@ def truncated_fourier(points: int, modes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class FNO1d(nn.Module):
-    """Lifting, `depth` Fourier layers, pointwise projection to the features, linear head.
+    """Lifting, `depth` Fourier layers, pointwise projection to the features, linear head."""
 
-    Attributes:
-      width: channels of the Fourier layers.
-      modes: Fourier modes that each layer acts on.
-      depth: number of Fourier layers.
-      num_features: d, the inputs of the head.
-      num_outputs: o, the outputs of the head.
-    """
-
-    width: int = 32
-    modes: int = 16
-    depth: int = 4
-    num_features: int = 128
-    num_outputs: int = 1
+    width: int = 32  # channels of the Fourier layers
+    modes: int = 16  # Fourier modes that each layer acts on
+    depth: int = 4  # number of Fourier layers
+    num_features: int = 128  # d, the inputs of the head
+    num_outputs: int = 1  # o, the outputs of the head
 
     def setup(self) -> None:
         self.lift = Pointwise(self.width)
@@ -108,14 +97,7 @@ class FNO1d(nn.Module):
         self.head = nn.Dense(self.num_outputs)
 
     def features(self, inputs: jax.Array) -> jax.Array:
-        """What the head sees.
-
-        Args:
-          inputs: channels on a regular periodic grid of any size, shape (batch, points, channels).
-
-        Returns:
-          Features of shape (batch, points, num_features).
-        """
+        """What the head sees, (batch, points, d), of channels on any regular periodic grid."""
         x = self.lift(jnp.swapaxes(inputs, 0, 1))
         for layer, (spectral, skip) in enumerate(zip(self.spectral, self.skip, strict=True)):
             x = spectral(x) + skip(x)

@@ -15,19 +15,12 @@ from benchmarks.models.fno import Pointwise, SpectralConv
 
 
 class KoehlerFNO1d(nn.Module):
-    """Pointwise lifting, `depth` times relu(spectral + pointwise), linear head.
+    """Pointwise lifting, `depth` times relu(spectral + pointwise), linear head."""
 
-    Attributes:
-      width: channels throughout, and d, the inputs of the head.
-      modes: Fourier modes that each layer acts on.
-      depth: number of Fourier layers.
-      num_outputs: o, the outputs of the head.
-    """
-
-    width: int = 64
-    modes: int = 16
-    depth: int = 4
-    num_outputs: int = 1
+    width: int = 64  # channels throughout, and d, the inputs of the head
+    modes: int = 16  # Fourier modes that each layer acts on
+    depth: int = 4  # number of Fourier layers
+    num_outputs: int = 1  # o, the outputs of the head
 
     def setup(self) -> None:
         self.lift = Pointwise(self.width)
@@ -36,15 +29,7 @@ class KoehlerFNO1d(nn.Module):
         self.head = nn.Dense(self.num_outputs)
 
     def features(self, inputs: jax.Array, train: bool = False) -> jax.Array:
-        """What the head sees.
-
-        Args:
-          inputs: channels on a regular periodic grid of any size, shape (batch, points, channels).
-          train: of no effect, here for the interface of networks that have a state.
-
-        Returns:
-          Features of shape (batch, points, width), none negative.
-        """
+        """What the head sees, (batch, points, width), none negative, on any periodic grid."""
         x = self.lift(jnp.swapaxes(inputs, 0, 1))  # grid points lead, as in fno.py
         for spectral, skip in zip(self.spectral, self.skip, strict=True):
             x = nn.relu(spectral(x) + skip(x))

@@ -8,15 +8,11 @@ import jax
 
 
 class MLP(nn.Module):
-    """Hidden layers of dense, layer norm and gelu; linear head.
+    """Hidden layers of dense, layer norm and gelu; linear head."""
 
-    Attributes:
-      widths: of the hidden layers; the last one is d, the inputs of the head.
-      num_outputs: o, the outputs of the head.
-    """
-
+    # Of the hidden layers; the last one is d, the inputs of the head.
     widths: tuple[int, ...] = (256, 256)
-    num_outputs: int = 1
+    num_outputs: int = 1  # o, the outputs of the head
 
     def setup(self) -> None:
         self.hidden = [nn.Dense(width) for width in self.widths]
@@ -24,15 +20,7 @@ class MLP(nn.Module):
         self.head = nn.Dense(self.num_outputs)
 
     def features(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """What the head sees.
-
-        Args:
-          x: (batch, ...); all axes but the first are flattened.
-          train: of no effect, here for the interface of networks that have a state.
-
-        Returns:
-          Features of shape (batch, widths[-1]).
-        """
+        """What the head sees, (batch, d); all axes of the inputs but the first are flattened."""
         x = x.reshape(len(x), -1)
         for hidden, norm in zip(self.hidden, self.norms, strict=True):
             x = nn.gelu(norm(hidden(x)))

@@ -27,12 +27,8 @@ def activation(x: jax.Array) -> jax.Array:
 def standardize(kernel: jax.Array, eps: float = 1e-4) -> jax.Array:
     """Zero mean, and a variance of one over the fan-in, for every output channel.
 
-    Args:
-      kernel: shape (height, width, inputs per group, outputs).
-      eps: a floor under variance x fan-in.
-
-    Returns:
-      The same shape. White inputs of variance one leave such a kernel with variance one.
+    The kernel is (height, width, inputs per group, outputs). White inputs of variance one leave it
+    with variance one. `eps` is a floor under variance x fan-in.
     """
     fan_in = np.prod(kernel.shape[:-1])
     mean = jnp.mean(kernel, axis=(0, 1, 2), keepdims=True)
@@ -41,21 +37,13 @@ def standardize(kernel: jax.Array, eps: float = 1e-4) -> jax.Array:
 
 
 class StandardizedConv(nn.Module):
-    """Convolution with a standardized kernel, a gain and a bias per output channel.
+    """Convolution with a standardized kernel, a gain and a bias per output channel."""
 
-    Attributes:
-      width: output channels.
-      size: of the window, in pixels.
-      stride: in pixels.
-      groups: of channels, each with its own kernel.
-      dtype: to convolve in.
-    """
-
-    width: int
-    size: int
-    stride: int = 1
-    groups: int = 1
-    dtype: Any = jnp.bfloat16
+    width: int  # output channels
+    size: int  # of the window, in pixels
+    stride: int = 1  # in pixels
+    groups: int = 1  # of channels, each with its own kernel
+    dtype: Any = jnp.bfloat16  # to convolve in
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -107,29 +95,17 @@ class StochasticDepth(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual bottleneck: 1x1, two grouped 3x3, 1x1, squeeze and excite.
+    """Residual bottleneck: 1x1, two grouped 3x3, 1x1, squeeze and excite."""
 
-    Attributes:
-      width: output channels.
-      bottleneck: channels between the 1x1 convolutions; a multiple of `group_width`.
-      group_width: channels per group of the 3x3 convolutions.
-      squeezed: hidden units of squeeze and excite.
-      stride: of the first 3x3 convolution; the shortcut pools as much.
-      input_std: standard deviation of the input at initialization; it is divided out.
-      alpha: scale of the residual branch.
-      stochastic_depth: probability of leaving the branch out.
-      dtype: to compute in.
-    """
-
-    width: int
-    bottleneck: int
-    group_width: int
-    squeezed: int
-    stride: int
-    input_std: float
-    alpha: float
-    stochastic_depth: float
-    dtype: Any
+    width: int  # output channels
+    bottleneck: int  # channels between the 1x1 convolutions; a multiple of `group_width`
+    group_width: int  # channels per group of the 3x3 convolutions
+    squeezed: int  # hidden units of squeeze and excite
+    stride: int  # of the first 3x3 convolution; the shortcut pools as much
+    input_std: float  # standard deviation of the input at initialization; it is divided out
+    alpha: float  # scale of the residual branch
+    stochastic_depth: float  # probability of leaving the branch out
+    dtype: Any  # to compute in
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -163,35 +139,24 @@ class NFNet(nn.Module):
 
     The default is F0. Every size can be set, so that a test can build a small one with features and
     outputs of the true number.
-
-    Attributes:
-      depths: blocks per stage; all stages but the first halve the image.
-      widths: output channels per stage.
-      group_width: channels per group of the 3x3 convolutions.
-      stem: channels of the 3x3 convolutions before the stages; the first and the last of them
-        halve the image.
-      num_features: d, the inputs of the head.
-      num_outputs: o, the number of classes.
-      bottleneck: channels inside a block, as a share of its width.
-      squeeze: hidden units of squeeze and excite, as a share of the block's width.
-      alpha: scale of the residual branches.
-      stochastic_depth: grows in equal steps from zero in the first block towards this rate.
-      dropout: rate on the features.
-      dtype: of the backbone's computation.
     """
 
+    # Blocks per stage; all stages but the first halve the image.
     depths: tuple[int, ...] = (1, 2, 6, 3)
-    widths: tuple[int, ...] = (256, 512, 1536, 1536)
-    group_width: int = 128
+    widths: tuple[int, ...] = (256, 512, 1536, 1536)  # output channels per stage
+    group_width: int = 128  # channels per group of the 3x3 convolutions
+    # Channels of the 3x3 convolutions before the stages; the first and the last of them halve the
+    # image.
     stem: tuple[int, ...] = (16, 32, 64, 128)
-    num_features: int = 3072
-    num_outputs: int = 1000
-    bottleneck: float = 0.5
-    squeeze: float = 0.5
-    alpha: float = 0.2
+    num_features: int = 3072  # d, the inputs of the head
+    num_outputs: int = 1000  # o, the number of classes
+    bottleneck: float = 0.5  # channels inside a block, as a share of its width
+    squeeze: float = 0.5  # hidden units of squeeze and excite, as a share of the block's width
+    alpha: float = 0.2  # scale of the residual branches
+    # Grows in equal steps from zero in the first block towards this rate.
     stochastic_depth: float = 0.25
-    dropout: float = 0.2
-    dtype: Any = jnp.bfloat16
+    dropout: float = 0.2  # rate on the features
+    dtype: Any = jnp.bfloat16  # of the backbone's computation
 
     def setup(self) -> None:
         self.stem_convs = [
@@ -229,14 +194,9 @@ class NFNet(nn.Module):
         return blocks
 
     def features(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """What the head sees.
+        """What the head sees, (batch, d), float32, of normalized pixels (batch, height, width, 3).
 
-        Args:
-          images: normalized pixels, shape (batch, height, width, 3).
-          train: with stochastic depth and dropout, which need the random stream "dropout".
-
-        Returns:
-          Features of shape (batch, num_features), float32.
+        In training stochastic depth and dropout need the random stream "dropout".
         """
         x = images.astype(self.dtype)
         for index, conv in enumerate(self.stem_convs):

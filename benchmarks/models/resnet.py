@@ -25,15 +25,10 @@ BatchNorm = partial(nn.BatchNorm, momentum=0.9)
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut, which is 1 x 1 where the shape changes.
+    """Two 3 x 3 convolutions and a shortcut, which is 1 x 1 where the shape changes."""
 
-    Attributes:
-      width: output channels.
-      stride: of the first convolution and of the shortcut.
-    """
-
-    width: int
-    stride: int = 1
+    width: int  # output channels
+    stride: int = 1  # of the first convolution and of the shortcut
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -50,16 +45,12 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Stem, four stages of two blocks, average over the image, linear head.
+    """Stem, four stages of two blocks, average over the image, linear head."""
 
-    Attributes:
-      width: channels of the stem; the stages have 1, 2, 4 and 8 times as many. The head's inputs
-        are d = 8 width.
-      num_outputs: o, the outputs of the head.
-    """
-
+    # Channels of the stem; the stages have 1, 2, 4 and 8 times as many. The head's inputs are d = 8
+    # width.
     width: int = 64
-    num_outputs: int = 10
+    num_outputs: int = 10  # o, the outputs of the head
 
     def setup(self) -> None:
         self.stem = Conv3x3(self.width)
@@ -72,15 +63,7 @@ class ResNet18(nn.Module):
         self.head = nn.Dense(self.num_outputs)
 
     def features(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """What the head sees.
-
-        Args:
-          images: (batch, height, width, channels), normalized.
-          train: whether batch norms use the batch, and update their averages.
-
-        Returns:
-          Features of shape (batch, 8 width).
-        """
+        """What the head sees, (batch, 8 width), of normalized images, channels last."""
         x = nn.relu(self.stem_norm(self.stem(images), use_running_average=not train))
         for block in self.blocks:
             x = block(x, train)

@@ -4,9 +4,9 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.comparison import Data, Problem, network
+from benchmarks.core.methods import Batch, Method
+from benchmarks.core.problem import Data, Problem, network
 from benchmarks.data import kdv
-from benchmarks.methods import Batch, Method
 from benchmarks.models.fno import FNO1d
 
 MODEL, EPOCHS = FNO1d(num_features=64), 10
@@ -27,11 +27,7 @@ def load() -> Data:
 def make_problem() -> Problem:
     """The equation as a `Problem`; errors in units of u squared."""
     return Problem(
-        settings={
-            "experiment": "kdv",
-            "data": kdv.DEFAULTS._asdict(),
-            "model": repr(MODEL),
-        },
+        settings={"experiment": "kdv", "data": kdv.DEFAULTS._asdict(), "model": repr(MODEL)},
         epochs=lambda batch_size: EPOCHS,
         load=load,
         network=partial(network, MODEL),

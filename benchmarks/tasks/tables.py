@@ -3,9 +3,9 @@
 from functools import partial
 from pathlib import Path
 
-from benchmarks.comparison import Data, Problem, network
+from benchmarks.core.methods import Batch, Method
+from benchmarks.core.problem import Data, Problem, network
 from benchmarks.data.tables import NUM_TARGETS, TableName, load_table
-from benchmarks.methods import Batch, Method
 from benchmarks.models.mlp import MLP
 
 EPOCHS, SPLIT_SEED = 20, 0
@@ -24,9 +24,7 @@ def load(folder: Path, name: TableName) -> Data:
 def make_problem(name: TableName, folder: Path | None) -> Problem:
     """A table as a `Problem`; errors in units of the targets' variance.
 
-    Args:
-      name: of the table.
-      folder: where <name>.csv is; needed only if something is to be trained.
+    The folder of <name>.csv is needed only if something is to be trained.
     """
 
     def read() -> Data:

@@ -1,0 +1,97 @@
+"""The tuner: one for all methods of a comparison, so that every row has the same budget and grids.
+
+A search on the first seed, then the best few on several. What differs between experiments is data:
+the search, the grids, how many finalists.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.core.search import Point, best_of, descend, finalists, search
+
+Values = tuple[float, ...]
+Cost = Callable[[Values, int], float]  # of hyperparameters and a seed; infinite: diverged
+
+
+class Tuned(NamedTuple):
+    """What a tuner found: the best values, and the cost of all that were tried on one seed."""
+
+    best: Values
+    tried: dict[Values, float]
+
+
+class Tuner(NamedTuple):
+    """How hyperparameters are found."""
+
+    # (cost, start, sizes) -> cost of every point that was tried; see `search.py`
+    search: Callable[..., dict[Point, float]]
+    rates: Sequence[float]  # the grid of learning rates
+    strengths: Mapping[str, Sequence[float]]  # the grids of second hyperparameters, by name
+    num_finalists: int = 1  # how many of the best on the first seed run on further seeds
+    num_seeds: int = 1  # how many seeds then decide
+
+    def axes(self, *names: str | None) -> list[Sequence[float]]:
+        """The grids of the rate and of these hyperparameters, if there are any."""
+        return [self.rates, *(self.strengths[name] for name in names if name is not None)]
+
+    def tune(
+        self,
+        cost: Cost,
+        axes: Sequence[Sequence[float]],
+        starts: Sequence[Values],
+        seeds: Sequence[int],
+    ) -> Tuned:
+        """Search from the best of some starts, of which the nearest grid points are taken."""
+
+        def at(point: Point) -> Values:
+            return tuple(axis[index] for axis, index in zip(axes, point, strict=True))
+
+        @cache
+        def first(point: Point) -> float:
+            return cost(at(point), seeds[0])
+
+        tried = {point: first(point) for point in (nearest(axes, start) for start in starts)}
+        tried |= self.search(first, best_of(tried), [len(axis) for axis in axes])
+        return self.choose({at(point): value for point, value in tried.items()}, cost, seeds)
+
+    def choose(self, tried: dict[Values, float], cost: Cost, seeds: Sequence[int]) -> Tuned:
+        """Among those tried on the first seed, the best on several."""
+        some = seeds[: self.num_seeds]
+        sums = {
+            values: sum(cost(values, seed) for seed in some)
+            for values in finalists(tried, self.num_finalists)
+        }
+        return Tuned(best_of(sums), tried)
+
+
+def nearest(axes: Sequence[Sequence[float]], values: Values) -> Point:
+    """The grid point nearest to some values, on logarithmic scales."""
+    return tuple(
+        int(np.argmin(np.abs(np.log(axis) - math.log(value))))
+        for axis, value in zip(axes, values, strict=True)
+    )
+
+
+# The grids of all experiments: half decades of rates, decades of penalties.
+RATES = tuple(float(f"{mantissa}e{exponent}") for exponent in range(-5, 2) for mantissa in (1, 3))
+PENALTIES = tuple(10.0**k for k in range(-5, 6))
+RATIOS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+# One axis after the other, on one seed: of the records of the paper's comparisons.
+BY_AXES = Tuner(descend, RATES, {"lam": PENALTIES, "beta": PENALTIES, "ratio": RATIOS})
+# Rate and second hyperparameter together: 20 runs at most, the best three on a second seed. A ratio
+# of one is the ordinary gradient head.
+JOINTLY = Tuner(
+    search,
+    RATES,
+    {
+        "lam": tuple(float(f"1e{k}") for k in range(-4, 8)),
+        "ratio": tuple(float(f"1e{k}") for k in range(-4, 4)),
+    },
+    num_finalists=3,
+    num_seeds=2,
+)

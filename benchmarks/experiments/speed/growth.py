@@ -1,0 +1,186 @@
+"""How direct and iterative solves grow with n, d and o, and what fewer and rougher solves cost."""
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import cfll
+from benchmarks.core import methods
+from benchmarks.core.methods import Batch
+from benchmarks.core.problem import network
+from benchmarks.core.records import Record
+from benchmarks.core.timing import interleaved
+from benchmarks.experiments.speed.ratios import BETA, ROUNDS, Rows, make_batch, ratio
+from benchmarks.models.mlp import MLP
+from benchmarks.reporting import plots
+from benchmarks.reporting.summary import Table
+
+AXES: Mapping[str, tuple[tuple[int, int, int], ...]] = {
+    "d": tuple((4096, d, 10) for d in (64, 128, 256, 512, 1024, 2048, 4096, 8192)),
+    "n": tuple((n, 512, 10) for n in (16, 64, 256, 1024, 4096, 16384, 65536)),
+    "o": tuple((2048, 512, o) for o in (1, 10, 100, 1000)),
+}
+CG_TOLERANCES = (1e-2, 1e-4)
+CHOLESKY = "Cholesky"
+
+
+def growth_case(shape: tuple[int, int, int]) -> Record:
+    """Direct and iterative solves of one shape, and how far apart their predictions are."""
+    features, targets = map(jnp.asarray, make_batch(*shape))
+    solvers: dict[str, Any] = {CHOLESKY: "auto"}
+    solvers |= {f"cg, {tol:g}": cfll.CG(tolerance=tol) for tol in CG_TOLERANCES}
+    anchor = cfll.LinearHead.zeros(shape[1], shape[2])
+    solves = {
+        name: jax.jit(partial(cfll.penalized_solve, penalty=BETA, solver=solver))
+        for name, solver in solvers.items()
+    }
+    found = {name: run(features, targets, anchor) for name, run in solves.items()}
+    exact = found[CHOLESKY][0](features)
+    return {
+        "seconds": interleaved(
+            {name: partial(run, features, targets, anchor) for name, run in solves.items()}, ROUNDS
+        ),
+        "iterations": {name: int(info.iterations) for name, (_, info) in found.items()},
+        "difference": {
+            name: float(jnp.linalg.norm(head(features) - exact) / jnp.linalg.norm(exact))
+            for name, (head, _) in found.items()
+        },
+    }
+
+
+SPARINGLY: Mapping[str, cfll.Rule] = {
+    "every step": cfll.prox(BETA),
+    "every 2nd": cfll.every(2, cfll.prox(BETA)),
+    "every 4th": cfll.every(4, cfll.prox(BETA)),
+    "every 8th": cfll.every(8, cfll.prox(BETA)),
+    "cg, 0.1": cfll.prox(BETA, solver=cfll.CG(tolerance=0.1)),
+    "cg, 0.001": cfll.prox(BETA, solver=cfll.CG(tolerance=1e-3)),
+}
+
+
+def sparing_case(name: str, num_steps: int = 600, width: int = 512, batch: int = 256) -> Record:
+    """Train a network on a teacher's outputs; its test error at the end."""
+    rng = np.random.default_rng(0)
+    teacher = [
+        rng.standard_normal(s, np.float32) / np.sqrt(s[0]) for s in ((8, 64), (64, 64), (64, 4))
+    ]
+
+    def draw(count: int) -> Batch:
+        x = rng.standard_normal((count, 8), np.float32)
+        hidden = np.tanh(2 * np.tanh(2 * x @ teacher[0]) @ teacher[1])
+        return Batch(x, (hidden @ teacher[2]).astype(np.float32))
+
+    train, test = draw(num_steps // 4 * batch), draw(4096)
+    model = MLP(widths=(width, width), num_outputs=4)
+    backbone = network(model, 0, train.inputs[:1])
+    rate = optax.cosine_decay_schedule(1e-3, num_steps)
+    tx = cfll.closed_form(optax.adam(rate), SPARINGLY[name], methods.HEAD)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, batch):
+        def loss_fn(params):
+            features, _ = backbone.apply(params, {}, batch.inputs, train=True)
+            return methods.l2_loss(cfll.get_head(params, methods.HEAD)(features), batch.targets)
+
+        grads = jax.grad(loss_fn)(params)
+        updates, opt_state = tx.update(
+            grads,
+            opt_state,
+            params,
+            targets=batch.targets,
+            feature_fn=lambda p: backbone.apply(p, {}, batch.inputs, train=True)[0],
+        )
+        return optax.apply_updates(params, updates), opt_state
+
+    params = jax.tree.map(jnp.asarray, backbone.params)
+    params = cfll.set_head(params, methods.HEAD, cfll.LinearHead.zeros(width, 4))
+    opt_state = tx.init(params)
+    seconds = []
+    for count in range(num_steps):
+        chosen = rng.integers(0, len(train.inputs), batch)
+        start = time.perf_counter()
+        params, opt_state = step(params, opt_state, Batch(*(part[chosen] for part in train)))
+        jax.block_until_ready(params)
+        if count >= 2:
+            seconds.append(time.perf_counter() - start)
+    features, _ = backbone.apply(params, {}, test.inputs, train=False)
+    outputs = cfll.get_head(params, methods.HEAD)(features)
+    error = float(jnp.mean(jnp.square(outputs - test.targets)) / np.var(test.targets))
+    return {"seconds": {name: seconds}, "error": error}
+
+
+def growth_table(rows: Rows) -> Table:
+    """Where conjugate gradients overtake Cholesky."""
+    names = [f"cg, {tol:g}" for tol in CG_TOLERANCES]
+    return Table(
+        "Conjugate gradients (with their tolerance) from an anchor of zeros: time divided by that "
+        "of the direct solve, iterations, relative difference of the predictions on the batch.",
+        ("(n, d, o)", "direct, ms", *names),
+        tuple(
+            (
+                str(tuple(key["shape"])),
+                f"{1e3 * np.median(record['seconds'][CHOLESKY]):.2f}",
+                *(
+                    f"{ratio(record, name, CHOLESKY)}, {record['iterations'][name]}, "
+                    f"{record['difference'][name]:.0e}"
+                    for name in names
+                ),
+            )
+            for key, record in rows
+        ),
+    )
+
+
+def growth_figure(rows: Rows, path: Path) -> list[Path]:
+    """Milliseconds along d, n and o."""
+    by_shape = {tuple(key["shape"]): record for key, record in rows}
+    panels: dict[str, dict[str, plots.Line]] = {}
+    for axis, shapes in AXES.items():
+        present = [shape for shape in shapes if shape in by_shape]
+        if not present:
+            continue
+        position = {"n": 0, "d": 1, "o": 2}[axis]
+        fixed = ", ".join(
+            f"{name} = {present[0][i]}" for i, name in enumerate("ndo") if i != position
+        )
+        panels[f"{axis} grows, {fixed}"] = {
+            name: plots.Line(
+                [shape[position] for shape in present],
+                np.array([[1e3 * np.median(by_shape[s]["seconds"][name]) for s in present]]),
+            )
+            for name in by_shape[present[0]]["seconds"]
+        }
+    return plots.panels_by_batch_size(
+        panels,
+        path=path,
+        ylabel="time of a solve (ms)",
+        xlabel="size",
+        xscale="log",
+        yscale="log",
+        window=1,
+    )
+
+
+def sparing_table(rows: Rows) -> Table:
+    """What fewer and rougher solves cost and save."""
+    return Table(
+        "Training with fewer or rougher solves: 600 steps of Adam with Algorithm 1, 512 features, "
+        "batch 256, on a teacher network's outputs; one seed. Test error as a share of the "
+        "targets' variance.",
+        ("head solved", "ms per step", "test error"),
+        tuple(
+            (
+                key["name"],
+                f"{1e3 * np.median(record['seconds'][key['name']]):.1f}",
+                f"{record['error']:.2e}",
+            )
+            for key, record in rows
+        ),
+    )

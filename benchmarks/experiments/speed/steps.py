@@ -1,0 +1,195 @@
+"""Training steps in closed form against SGD on all parameters: time, memory, compilation."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.core import methods
+from benchmarks.core.methods import (
+    ALGORITHM_1,
+    EQUATION_17,
+    GRADIENT,
+    PROXIMAL,
+    Batch,
+    Hyper,
+    Method,
+)
+from benchmarks.core.problem import network
+from benchmarks.core.records import Record
+from benchmarks.core.timing import interleaved
+from benchmarks.experiments.speed.ratios import BETA, ROUNDS, Rows, ratio
+from benchmarks.models.fno import FNO1d
+from benchmarks.models.mlp import MLP
+from benchmarks.models.resnet import ResNet18
+from benchmarks.reporting.summary import Claim, Table
+
+SGD = Method("SGD", GRADIENT)
+STEPS = (SGD, Method("SGD", PROXIMAL, EQUATION_17), Method("SGD", PROXIMAL, ALGORITHM_1))
+
+
+class Step(NamedTuple):
+    """A network and its batch."""
+
+    model: Any
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+def mlp_step(d: int, o: int, batch: int) -> Step:
+    """3072-1024-1024-d with o outputs."""
+    return Step(MLP(widths=(1024, 1024, d), num_outputs=o), (batch, 3072), (batch, o))
+
+
+STEP_CASES = {
+    "FNO, width 32, B 32": Step(FNO1d(), (32, 256, 1), (32, 256, 1)),
+    "FNO, width 64, B 128": Step(FNO1d(width=64), (128, 256, 1), (128, 256, 1)),
+    **{
+        f"MLP, d {d}, o {o}, B {batch}": mlp_step(d, o, batch)
+        for d, o, batch in (
+            (512, 10, 32),
+            (512, 10, 128),
+            (512, 100, 1024),
+            (512, 100, 4096),
+            (1024, 1000, 1024),
+        )
+    },
+    "ResNet-18, width 16, B 128": Step(ResNet18(width=16), (128, 32, 32, 3), (128, 10)),
+}
+
+
+class Compiled(NamedTuple):
+    """A training step, ready to run."""
+
+    run: Callable[[], Any]  # () -> loss; keeps its own state
+    temp_bytes: int  # XLA's own count of what the step needs besides its arguments and results
+    trace_seconds: float  # to trace and lower, without compilation
+    compile_seconds: float  # XLA's part
+
+
+def compiled(step: Step, method: Method) -> Compiled:
+    """Compile a method's step on random data."""
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.standard_normal(step.inputs, np.float32))
+    batch = Batch(inputs, jnp.asarray(rng.standard_normal(step.targets, np.float32)))
+    backbone = network(step.model, 0, inputs[:1])
+    hyper = Hyper(np.float32(1e-4), np.float32(BETA), np.int32(10**6))
+    state = methods.init(method, hyper, backbone.params, backbone.stats, 0)
+    jitted = jax.jit(partial(methods.step, method, backbone.apply), donate_argnums=1)
+
+    start = time.perf_counter()
+    lowered = jitted.lower(hyper, state, batch, batch)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    done = time.perf_counter()
+
+    def run() -> Any:
+        nonlocal state
+        state, loss = program(hyper, state, batch, batch)
+        return loss
+
+    memory = program.memory_analysis()
+    assert memory is not None  # some platforms do not count
+    return Compiled(run, memory.temp_size_in_bytes, traced - start, done - traced)
+
+
+def step_case(step: Step) -> Record:
+    """One row of the steps' table."""
+    programs = {method.name: compiled(step, method) for method in STEPS}
+    return {
+        "seconds": interleaved({name: program.run for name, program in programs.items()}, ROUNDS),
+        "temp_bytes": {name: program.temp_bytes for name, program in programs.items()},
+        "trace_seconds": {name: program.trace_seconds for name, program in programs.items()},
+        "compile_seconds": {name: program.compile_seconds for name, program in programs.items()},
+    }
+
+
+def head_sizes(step: Step) -> tuple[int, int, int]:
+    """n, d, o of a step's solve."""
+    backbone = network(step.model, 0, np.zeros((1, *step.inputs[1:]), np.float32))
+    d, o = backbone.params[methods.HEAD]["kernel"].shape
+    return int(np.prod(step.targets[:-1])), d, o
+
+
+def step_table(rows: Rows) -> Table:
+    """Closed-form steps against SGD on all parameters."""
+    return Table(
+        "Time of a training step divided by that of SGD on all parameters of the same network.",
+        ("", "SGD, ms", *(method.name for method in STEPS[1:])),
+        tuple(
+            (
+                key["name"],
+                f"{1e3 * np.median(record['seconds'][SGD.name]):.1f}",
+                *(str(ratio(record, method.name, SGD.name)) for method in STEPS[1:]),
+            )
+            for key, record in rows
+        ),
+    )
+
+
+def cost_table(rows: Rows) -> Table:
+    """Memory and compilation."""
+    return Table(
+        "What a compiled step needs besides arguments and results (XLA's own count), and the "
+        "seconds to trace and to compile it: SGD, then Eq. (17), then Algorithm 1. Budget: SGD "
+        "plus 3 (d² + d o) floats plus one copy of the features.",
+        ("", "MB", "budget, MB", "tracing, s", "compiling, s"),
+        tuple(
+            (
+                key["name"],
+                " / ".join(f"{record['temp_bytes'][m.name] / 1e6:.1f}" for m in STEPS),
+                f"{memory_budget(key['name'], record) / 1e6:.1f}",
+                " / ".join(f"{record['trace_seconds'][m.name]:.2f}" for m in STEPS),
+                " / ".join(f"{record['compile_seconds'][m.name]:.1f}" for m in STEPS),
+            )
+            for key, record in rows
+        ),
+    )
+
+
+def memory_budget(name: str, record: Record) -> float:
+    """Bytes: the SGD step's, 3 (d^2 + d o) floats and one copy of the features."""
+    n, d, o = head_sizes(STEP_CASES[name])
+    return record["temp_bytes"][SGD.name] + 4 * (3 * (d * d + d * o) + n * d)
+
+
+def step_claims(rows: Rows) -> list[Claim]:
+    """Limits for time, memory and tracing."""
+
+    def claim(sentence: str, value_of: Callable[[Record, Record], float], limit: float) -> Claim:
+        values = [(key["name"], value_of(key, record)) for key, record in rows]
+        over = [f"{name}: {value:.2f}" for name, value in values if value > limit]
+        return Claim(sentence, not over, "; ".join(over) or "everywhere")
+
+    def quotient(method: Method) -> Callable[[Record, Record], float]:
+        def value(key: Record, record: Record) -> float:
+            found = ratio(record, method.name, SGD.name)
+            assert found is not None
+            return found.median
+
+        return value
+
+    return [
+        claim("A step in Eq. (17) order takes at most 1.15 SGD steps.", quotient(STEPS[1]), 1.15),
+        claim("A step of Algorithm 1 takes at most 1.4 SGD steps.", quotient(STEPS[2]), 1.4),
+        claim(
+            "A closed-form step stays within its memory budget (value: share of it).",
+            lambda key, record: (
+                max(record["temp_bytes"][m.name] for m in STEPS[1:])
+                / memory_budget(key["name"], record)
+            ),
+            1.0,
+        ),
+        claim(
+            "Tracing takes at most one second longer than SGD's.",
+            lambda key, record: (
+                max(record["trace_seconds"][m.name] for m in STEPS[1:])
+                - record["trace_seconds"][SGD.name]
+            ),
+            1.0,
+        ),
+    ]

@@ -1,0 +1,1 @@
+"""What experiments say: tables, claims, figures, RESULTS.md."""

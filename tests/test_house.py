@@ -1,0 +1,85 @@
+"""What keeps the benchmarks a house: an experiment is one file, no file is long."""
+
+import ast
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__, experiments
+from benchmarks.core.records import Records
+from benchmarks.reporting.results import results
+
+HOME = Path(__file__).parents[1] / "benchmarks"
+TOY = Path(__file__).parent / "toy_experiment.py"
+# From bottom to top; experiments know all of them, and `results` goes over experiments.
+LAYERS = ("core", "reporting", "data", "models", "tasks", "experiments")
+MAY_KNOW = {
+    "core": {"core"},
+    "reporting": {"core", "reporting"},
+    "data": {"data"},
+    "models": {"models"},
+    "tasks": {"core", "data", "models", "tasks"},
+    "experiments": set(LAYERS),
+}
+
+
+def test_no_file_is_long():
+    lengths = {path: len(path.read_text().splitlines()) for path in HOME.rglob("*.py")}
+    assert not {str(path): length for path, length in lengths.items() if length > 350}
+
+
+@pytest.mark.parametrize("folder", LAYERS)
+def test_layers_point_down(folder):
+    for path in (HOME / folder).rglob("*.py"):
+        if path.name == "results.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("benchmarks."):
+                assert node.module.split(".")[1] in MAY_KNOW[folder], f"{path}: {node.module}"
+
+
+@pytest.fixture
+def with_toy(tmp_path, monkeypatch):
+    """The toy's file beside those of the experiments: one file, and no other edit."""
+    folder = tmp_path / "more"
+    folder.mkdir()
+    shutil.copy(TOY, folder / "toy.py")
+    monkeypatch.setattr(experiments, "__path__", [*experiments.__path__, str(folder)])
+    return tmp_path
+
+
+@pytest.mark.usefixtures("standard_promotion", "quick_compilation")
+def test_an_experiment_is_one_file(with_toy, capsys):
+    assert len(TOY.read_text().splitlines()) <= 80
+    with pytest.raises(SystemExit):
+        __main__.main(["--help"])
+    assert "toy" in capsys.readouterr().out
+
+    __main__.main(["toy", "--out", str(with_toy)])
+    assert "A closed-form head fits a sine better" in " ".join(capsys.readouterr().out.split())
+    lines = (with_toy / "toy.jsonl").read_text().splitlines()
+
+    results(runs=with_toy, out=with_toy)
+    text = (with_toy / "RESULTS.md").read_text()
+    assert "## A toy" in text
+    assert "python -m benchmarks toy --preset cpu" in text
+    assert (with_toy / "toy.jsonl").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize("one", experiments.discover(), ids=lambda one: f"{one.name} {one.place}")
+def test_nothing_is_decided_without_runs(one, tmp_path):
+    """Every experiment can be summarized before anything was run."""
+    for preset in one.presets if one.summarize else ():
+        found = one.summarize(Records(tmp_path / "none.jsonl"), tmp_path, preset)
+        assert found.title
+        assert f"python -m benchmarks {one.name}" in found.command
+        assert {claim.holds for claim in found.claims} <= {None}
+        assert not any(table.rows for table in found.tables)
+        assert not found.figures
+
+
+def test_places_and_sections_are_apart():
+    found = experiments.discover()
+    assert len({one.place for one in found}) == len(found)
+    assert all(one.run.__doc__ for one in found)
