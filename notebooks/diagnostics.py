@@ -41,13 +41,14 @@ import cfll
 # %% [markdown]
 # ## The fields
 #
-# | field of `info` | meaning |
+# | field | meaning |
 # |---|---|
 # | `accepted`, `skipped` | a head that is not finite (NaN batch, even in one output) is not used: the old one stays, the backbone's update passes, the event is counted. Protect the backbone with `optax.apply_if_finite` |
 # | `solve.route`, `solve.rcond` | how it was solved; `cfll.Route(info.route)` prints the name. `qr` after `auto`: singular to working precision, as dead or repeated features make it. `given`: a `LinearHead` of your own came as `solution`. A Cholesky solve errs by about 1e-7 / `rcond` before refinement |
 # | `solve.iterations`, `solve.residual` | of `cfll.CG`, else 0. A residual above the tolerance: not finished |
 # | `drift` | something else moves the head's parameters: a transformation *after* `closed_form_head`, or parameters replaced without `tx.init` |
 # | `overruled` | in the order of Eq. (17): largest update of the head that the solution replaced. Not zero: the backbone uses leaves of the head as well (tied weights), the loss has another term of the head, or weight decay comes before `closed_form_head` |
+# | `stale` | the solution came from the state of another update: `rule.loss` got a `cfll.get_state(opt_state)` from before, e.g. from outside the train step |
 #
 # `info.route` and `info.rcond` are shortcuts for the part of the solve.
 
@@ -144,6 +145,7 @@ plt.show()
 # | a head that is not finite in the dtype of the parameters never replaces one that is | `-k never_accepted`, `test_transform.py` |
 # | targets missing per output (weights of zero): the solution of each output's own samples; the step has no NaN | `test_missing.py` |
 # | batches on several devices: the head of one device | `test_scale.py` |
+# | in `pmap` and `shard_map` a rule without `axis_name` is an error: replicas do not part unseen | `-k replicas` |
 #
 # No promise for `solver="dual"` on more samples than features, for `GramStats` in float32 at condition numbers
 # above 1e3, nor for features in float32 whose mean is 1e4 times their spread (`rcond` says so): subtract it.
@@ -159,7 +161,7 @@ plt.show()
 # | `optax.contrib.prodigy`, normalized gradients (SAM) | in the order of Eq. (17) as they are. In Algorithms 1 and 2 a head of zeros gives the backbone a first gradient of zero, and 0 / 0 is NaN: every head is rejected from then on (`skipped` counts). A line search stays where it is. Solve a first head before training: `cfll.set_head(params, "head", cfll.prox_solve(...))` |
 # | `optax.MultiSteps` | the head is solved on the last micro-batch only; for all of them add to `cfll.GramStats` and pass `solution=stats.prox(cfll.get_state(opt_state).anchor, lam)`. Put it outermost: inside a chain it drops keywords |
 # | `optax.masked`, `partition` | work with `solution`; a `feature_fn` that needs what they hide is an error that says so. Use `cfll.closed_form` |
-# | `pmap`, `shard_map` | `cfll.prox(lam, axis_name="i")`, see above; without it replicas part |
+# | `pmap`, `shard_map` | `cfll.prox(lam, axis_name="i")`, see above; without it an error, since replicas would part. Not seen: `jax.vmap` with a named axis |
 # | checkpoints | restore into `tx.init(params)`: a state without types is refused |
 # | tied weights | a head whose leaves the backbone uses as well is not supported; in the order of Eq. (17) `overruled` shows it |
 # | `flax.training.train_state.TrainState` | drops keywords; `cfll.flax.TrainState` passes them on |

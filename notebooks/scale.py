@@ -141,8 +141,9 @@ print(jax.device_count(), "devices; the head is on", len(head.kernel.sharding.de
 
 # %% [markdown]
 # In `shard_map` and `pmap` each device sees its own samples. Either sum first, or give the rule the name of the
-# axis and average losses and gradients over it as always. Without the name every device solves a head of its
-# own, and with `check_vma=False` or `pmap` nothing tells you: replicas part.
+# axis and average losses and gradients over it as always. Without the name a rule is refused there, since every
+# device would solve for its own samples and replicas part unseen; `rule._replace(axis_name=())` is for devices with
+# networks of their own. (Not seen: `jax.vmap` with a named axis.)
 
 
 # %%
