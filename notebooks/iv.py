@@ -329,3 +329,52 @@ figure.tight_layout()
 # `iv.Networks(treatment, instrument, covariate)`. What enters linearly only, as in two-stage least squares,
 # is part of both the treatment and the instrument. `iv.original` is the method of Xu et al. (2020), for
 # large batches; `python -m benchmarks dfiv` compares.
+
+# %% [markdown]
+# ## A confounder that is seen in proxies only
+#
+# Without an instrument, but with two noisy views of the hidden demand, the effect can be found, too (DFPV,
+# Xu et al. 2021): a treatment proxy z, which tells nothing more about y once price and demand are known, and an
+# outcome proxy w, which price and z do not move. It is the same problem with its parts in other places:
+# `iv.proxy.networks` and `iv.proxy.batch` put them there, and `iv.proxy.predict` takes the mean over the outcome
+# proxy. Below, the effect of the price is -1 and the demand hides it. `python -m benchmarks proxy` compares.
+
+
+# %%
+class Features(nn.Module):
+    @nn.compact
+    def __call__(self, inputs):
+        return nn.tanh(nn.Dense(16)(inputs))
+
+
+demand, *noises = jax.random.normal(jax.random.key(6), (4, 4000, 1))
+price = demand + noises[0]
+views = {"treatment_proxy": demand + 0.3 * noises[1], "outcome_proxy": demand + 0.3 * noises[2]}
+seen = iv.proxy.batch(treatment=price, outcome=-price + 3 * demand, **views)
+proxies = iv.proxy.networks(
+    **{
+        name: cfll.flax.backbone(Features(), Features().init(jax.random.key(seed), price[:1]))
+        for seed, name in enumerate(
+            ("treatment1", "treatment_proxy", "outcome_proxy", "treatment2")
+        )
+    }
+)
+adam = {"treatment_optimizer": optax.adam(RATE), "instrument_optimizer": optax.adam(RATE)}
+method = iv.proximal(proxies, **adam, lam1=100.0, lam2=100.0)
+advance = jax.jit(method.round)
+halves = [jax.tree.map(lambda a, k=k: a[k::2], seen) for k in (0, 1)]  # one for each stage
+state = method.init(halves[0])
+for _ in range(100):
+    state, losses = advance(state, *halves)
+refitted = iv.refit(proxies, state, halves[:1], halves[1:], beta=1.0)
+
+
+def slope(head):
+    prices = jnp.array([[-1.0], [1.0]])
+    low, high = iv.proxy.predict(proxies, state, prices, views["outcome_proxy"], stage2=head)
+    return float((high - low)[0] / 2)
+
+
+naive = jnp.polyfit(price.ravel(), seen.outcome.ravel(), 1)[0]
+print(f"slope by regression {naive:+.2f}, by proxies {slope(None):+.2f} (current heads), ", end="")
+print(f"{slope(refitted.stage2):+.2f} (refitted)")
