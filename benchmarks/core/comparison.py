@@ -197,13 +197,12 @@ class Comparison:
             first_head = partial(methods.first_head, config.method, network.apply)
             state = jax.jit(first_head)(hyper_of(config, num_steps), state, first)
         self.runner.progress.start(config.label, num_steps)
+        measuring: dict[str, Any] = {}
+        if error:
+            marks = training.marks(num_steps, num_points)
+            measuring = {"error": partial(error, measure), "measure_at": marks}
         state, curve = training.train(
-            step,
-            state,
-            _with_following(batches),
-            error=partial(error, measure) if error else lambda state: 0.0,
-            measure_at=training.marks(num_steps, num_points) if error else set(),
-            on_step=self.runner.progress.step,
+            step, state, _with_following(batches), on_step=self.runner.progress.step, **measuring
         )
         return state, network, curve
 

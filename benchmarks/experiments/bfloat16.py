@@ -272,8 +272,7 @@ def summarize(records: Records, figures: Path, preset: str) -> Summary:
 def bfloat16(out: Path = Path("benchmarks/out/bfloat16")) -> None:
     """The quickstart with a backbone in bfloat16 and the head in float32.
 
-    Stop it when you like; the same command goes on where it stopped. About ten minutes on two CPU
-    cores, which compute in bfloat16 at a third of their speed.
+    About ten minutes on two CPU cores, which compute in bfloat16 at a third of their speed.
 
     Args:
       out: folder of finished runs and generated data.

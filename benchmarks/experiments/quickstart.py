@@ -246,7 +246,7 @@ def quickstart(
 
     Generates Burgers data, finds the best learning rate of every row on validation data and prints
     a table: test error, steps to the gradient head's error, time per step. Under five minutes on
-    two CPU cores. Stop it when you like; the same command goes on where it stopped.
+    two CPU cores.
 
     Args:
       epochs: passes over the 1448 training samples, the same for every row.

@@ -286,8 +286,7 @@ def rules(
 ) -> None:
     """Which head to take: gradient heads of any ratio, a fixed penalty, one that tunes itself.
 
-    Stop it when you like; the same command goes on where it stopped. Two processes may share a
-    folder if they have different tasks.
+    Two processes may share a folder if they have different tasks.
 
     Args:
       task: what is learned.

@@ -292,8 +292,7 @@ REASONS = (
 def uncertainty(data: Path | None = None, out: Path = Path("benchmarks/out/uncertainty")) -> None:
     """Coverage of 90 % intervals on california and rf1, and what they cost.
 
-    Stop it when you like; the same command goes on where it stopped. About five minutes on two CPU
-    cores. Without data, costs only.
+    About five minutes on two CPU cores. Without data, costs only.
 
     Args:
       data: folder of california.csv and rf1.csv.

@@ -38,8 +38,7 @@ def imagenet(
 ) -> None:
     """Train NFNet-F0 on ImageNet with cross entropy, a squared loss and closed-form heads (Fig. 8).
 
-    Reads images from folders by class and prints a table of accuracies on the validation images.
-    Stop it when you like: the same command goes on from the last epoch.
+    Reads images from folders by class; goes on from the last epoch.
 
     Args:
       preset: "paper" for the sizes of the paper, "cpu" for a small network on small images.

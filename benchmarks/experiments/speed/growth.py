@@ -1,6 +1,5 @@
 """How direct and iterative solves grow with n, d and o, and what fewer and rougher solves cost."""
 
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import optax
 
 import cfll
-from benchmarks.core import methods
+from benchmarks.core import methods, training
 from benchmarks.core.methods import Batch
 from benchmarks.core.problem import network
 from benchmarks.core.records import Record
@@ -83,37 +82,31 @@ def sparing_case(name: str, num_steps: int = 600, width: int = 512, batch: int =
     rate = optax.cosine_decay_schedule(1e-3, num_steps)
     tx = cfll.closed_form(optax.adam(rate), SPARINGLY[name], methods.HEAD)
 
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, batch):
-        def loss_fn(params):
-            features, _ = backbone.apply(params, {}, batch.inputs, train=True)
-            return methods.l2_loss(cfll.get_head(params, methods.HEAD)(features), batch.targets)
+    @partial(jax.jit, donate_argnums=0)
+    def step(state, inputs, targets):
+        params, opt_state = state
 
-        grads = jax.grad(loss_fn)(params)
+        def feature_fn(params):
+            return backbone.apply(params, {}, inputs, train=True)[0]
+
+        def loss_fn(params):
+            return methods.l2_loss(cfll.get_head(params, methods.HEAD)(feature_fn(params)), targets)
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
         updates, opt_state = tx.update(
-            grads,
-            opt_state,
-            params,
-            targets=batch.targets,
-            feature_fn=lambda p: backbone.apply(p, {}, batch.inputs, train=True)[0],
+            grads, opt_state, params, targets=targets, feature_fn=feature_fn
         )
-        return optax.apply_updates(params, updates), opt_state
+        return (optax.apply_updates(params, updates), opt_state), loss
 
     params = jax.tree.map(jnp.asarray, backbone.params)
     params = cfll.set_head(params, methods.HEAD, cfll.LinearHead.zeros(width, 4))
-    opt_state = tx.init(params)
-    seconds = []
-    for count in range(num_steps):
-        chosen = rng.integers(0, len(train.inputs), batch)
-        start = time.perf_counter()
-        params, opt_state = step(params, opt_state, Batch(*(part[chosen] for part in train)))
-        jax.block_until_ready(params)
-        if count >= 2:
-            seconds.append(time.perf_counter() - start)
+    rows = (rng.integers(0, len(train.inputs), batch) for _ in range(num_steps))
+    batches = ((train.inputs[chosen], train.targets[chosen]) for chosen in rows)
+    (params, _), curve = training.train(step, (params, tx.init(params)), batches)
     features, _ = backbone.apply(params, {}, test.inputs, train=False)
     outputs = cfll.get_head(params, methods.HEAD)(features)
     error = float(jnp.mean(jnp.square(outputs - test.targets)) / np.var(test.targets))
-    return {"seconds": {name: seconds}, "error": error}
+    return {"seconds": {name: [curve.seconds_per_step]}, "error": error}
 
 
 def growth_table(rows: Rows) -> Table:
