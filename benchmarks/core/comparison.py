@@ -1,7 +1,6 @@
 """Methods against each other at several batch sizes: tuning, training, records.
 
-Between `methods.py` and the experiments. A run's result depends on its key alone, so the same code
-that trains also reads finished runs back.
+A run's result depends on its key alone, so the same code that trains also reads finished runs back.
 """
 
 import itertools

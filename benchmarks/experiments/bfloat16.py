@@ -137,9 +137,6 @@ def measurements(problem: Problem) -> Measured:
     return measured
 
 
-# What the numbers say -----------------------------------------------------------------------------
-
-
 class Errors(NamedTuple):
     """One method."""
 

@@ -161,9 +161,6 @@ def key_of(settings: Settings, table: TableName, seed: int) -> Record:
     return decides | {"seed": seed, "num_seeds": 0, "timed": ()}
 
 
-# What it costs ------------------------------------------------------------------------------------
-
-
 def costs(d: int, samples: int = 128, outputs: int = 8) -> Record:
     """Milliseconds, and megabytes that XLA asks for beside arguments."""
     rng, rows = np.random.default_rng(0), max(4 * d, 8 * samples)
@@ -200,9 +197,6 @@ def costs(d: int, samples: int = 128, outputs: int = 8) -> Record:
             state = state._replace(anchor=solution.head, rule_state=solution.rule_state)
         found[name] = measured(solve, *batches[0], state)
     return found
-
-
-# What the numbers say -----------------------------------------------------------------------------
 
 
 def summarize(records: Records, figures: Path, preset: str) -> Summary:
