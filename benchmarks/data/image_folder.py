@@ -42,7 +42,7 @@ class Images(NamedTuple):
 class Splits(NamedTuple):
     """What a folder holds."""
 
-    train: Images  # train, val: the two official splits
+    train: Images  # the two official splits
     val: Images
     classes: list[str]  # names by number
 

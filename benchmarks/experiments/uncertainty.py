@@ -39,7 +39,7 @@ class Settings(NamedTuple):
 
     # Table -> passes over the training rows, about 5000 steps.
     epochs: tuple[tuple[TableName, int], ...] = (("california", 20), ("rf1", 60))
-    batch_size: int = 256  # batch_size, rate, lam, hidden: of the network; Adam, cosine decay
+    batch_size: int = 256  # from here to `hidden`: of the network; Adam, cosine decay
     rate: float = 1e-3
     lam: float = 10.0
     hidden: int = 256
