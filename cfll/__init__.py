@@ -2,8 +2,11 @@
 
 Layers, bottom to top: `heads`, `samples`, `solve`, `stats`, `posterior`, `losses`, `rules`,
 `transform`; beside the last, `cfll.iv` has two-stage heads and `networks` the backbones it trains.
-`cfll.flax` is imported by those who use Flax.
+`cfll.flax` and `cfll.iv` are imported when they are used first.
 """
+
+import importlib
+from types import ModuleType
 
 from cfll.heads import LinearHead, get_head, set_head
 from cfll.losses import prox_loss, ridge_loss
@@ -68,3 +71,10 @@ __all__ = [
     "set_head",
     "softmax",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`cfll.flax` and `cfll.iv`, without an import statement of their own."""
+    if name in ("flax", "iv"):
+        return importlib.import_module(f"cfll.{name}")
+    raise AttributeError(f"module 'cfll' has no attribute {name!r}")

@@ -21,8 +21,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
-from flax.training import train_state
+
+try:
+    from flax import nnx
+    from flax.training import train_state
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'cfll.flax needs Flax: python -m pip install "cfll[flax]"', name=error.name
+    ) from error
 
 from cfll.keywords import parameters_of
 from cfll.networks import Backbone

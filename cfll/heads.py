@@ -172,6 +172,8 @@ def check_anchor(anchor: Any, d: int, o: int) -> None:
             f"anchor is a {type(anchor).__name__}; write cfll.LinearHead(kernel, bias) with a "
             "kernel of shape (d, o), or cfll.get_head(params, 'head')."
         )
+    if jnp.iscomplexobj(anchor.kernel) or jnp.iscomplexobj(anchor.bias):
+        raise TypeError("anchor is complex, but heads are real: write anchor.kernel.real.")
     kernel, bias = jax.tree.map(jnp.shape, tuple(anchor))
     if kernel != (d, o) or (anchor.bias is not None and bias != (o,)):
         raise ValueError(
@@ -257,4 +259,6 @@ def _not_found(params: Any, path: str, leaves: dict[str, Any]) -> str:
     )
     if not path.startswith("params") and any(name.startswith("params/") for name in dense):
         message += " Pass variables['params'] rather than all variables."
+    if hasattr(params, "shape"):
+        message += " For optax.flatten write cfll.closed_form(optax.flatten(...), rule)."
     return message

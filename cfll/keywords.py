@@ -23,10 +23,16 @@ EXAMPLE = (
 )
 
 
-def check(path, targets, feature_fn, features, solution, sample_weight) -> None:
-    """Refuse what is not exactly one way to a head."""
+def check(path, targets, feature_fn, features, solution, sample_weight, addressed=()) -> None:
+    """Refuse what is not exactly one way to a head; solutions came for those addressed."""
     ways = {"feature_fn": feature_fn, "features": features, "solution": solution}
     given = [name for name, value in ways.items() if value is not None]
+    if not given and addressed:
+        raise TypeError(
+            f"solution is a dictionary with the keys {addressed}, none of which is the path of the "
+            f"head, {path!r}: write solution={{{path!r}: ...}}. The head in a dictionary of "
+            f"parameters is cfll.get_head(params, {path!r})."
+        )
     if len(given) != 1:
         raise TypeError(
             "closed_form_head.update needs exactly one of the keywords feature_fn, features and "

@@ -29,9 +29,10 @@ class GramStats(NamedTuple):
     Solving from sums squares the condition number once and for all: the features are gone. In
     float32, directions of the features weaker than 1e-3 of the strongest are lost; where they
     matter use float64 (``jax_enable_x64`` and ``GramStats.zeros(..., dtype=jnp.float64)``).
-    Features with a mean of 10 standard deviations err by 1e-5, of 100 by 1e-3, of 1000 they are
-    lost, and ``rcond`` says so: subtract such a mean before. An error of the targets, float32
-    rounds them by 6e-8 of their mean, is one of the kernel, unseen by ``rcond``.
+    Features with a mean of 10 standard deviations err by 1e-5 to 1e-4, the more the more there are,
+    of 100 by 1e-3 to 1e-2, of 1000 they are lost, and ``rcond`` says so: subtract such a mean
+    before. A mean of the targets costs digits that ``rcond`` does not see: 1e-4 of the kernel at a
+    mean of 1e4 standard deviations, 2e-2 at 1e6. Subtract it, too. `cfll.ridge_solve` has neither.
 
     Attributes:
       gram: (d, d), :math:`\sum_i w_i \phi_i \phi_i^\top`.
@@ -81,7 +82,7 @@ class GramStats(NamedTuple):
         """The statistics with more samples, in the dtype of these.
 
         Args:
-          features, targets, sample_weight: as in `cfll.ridge_solve`.
+          features, targets, sample_weight: as in `cfll.ridge_solve`, but no weights per output.
 
         Returns:
           New statistics.

@@ -116,9 +116,9 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
             value.get(path) if isinstance(value, Mapping) else value
             for value in (targets, feature_fn, features, sample_weight, solution)
         )
-        keywords.check(path, targets, feature_fn, features, given, sample_weight)
+        addressed = list(solution) if isinstance(solution, Mapping) else []
+        keywords.check(path, targets, feature_fn, features, given, sample_weight, addressed)
         if given is not None:
-            addressed = isinstance(solution, Mapping)
             new = _as_solution(given, rule, state, path, None if addressed else params)
         else:
             if feature_fn is not None:
@@ -139,7 +139,7 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
                         "...), cfll.closed_form_head(...)), use cfll.closed_form, or pass "
                         "solution=... or features=... ."
                     ) from error
-            features = check_features(features, state)
+            features = check_features(features, state, rule)
             extra = known(rule.solve, {**extra, "sample_weight": sample_weight})
             new = rule.solve(features, targets, state, **extra)
         check_solution(new, state)

@@ -155,3 +155,21 @@ figure.tight_layout()
 # batch are not held out there. And where the first axis of a batch is not independent samples: put
 # functions, patients or sequences there, not their points. A schedule is a fixed choice, too:
 # `cfll.prox(optax.exponential_decay(...))`.
+
+# %% [markdown]
+# ## Rules of thumb for a fixed `lam`
+#
+# * `lam` multiplies a squared distance between heads and competes with a *sum* over the samples of the batch
+#   (all leading axes of the features: for a neural operator every grid point is a sample). If you double the
+#   batch, double `lam` to keep the same balance.
+# * Start at 10 and try a factor of 100 either way; search it together with the learning rate, they trade off.
+# * Too small: the head follows each batch; with few samples per feature the training error falls and the test
+#   error does not. Too large: the head cannot follow the backbone. The smaller the batch against the number of
+#   features, the larger `lam` has to be. For classification the paper finds the method robust to `lam`
+#   "provided it is large enough", with some sensitivity at small batches; on ImageNet it used 10,000.
+# * Ridge (`cfll.ridge(beta)`) is for batches that represent the data set; it forgets everything else.
+# * It may be a schedule, a vector of shape (d,) or a matrix. `optax.inject_hyperparams` works:
+#   `optax.inject_hyperparams(lambda lam: cfll.closed_form(optax.sgd(0.1), cfll.prox(lam)))(lam=10.0)`, and in the
+#   loss `cfll.prox(opt_state.hyperparams["lam"])`.
+# * Start a classifier's head at zeros: LeCun's, Xavier's and He's starts are behind in our runs
+#   (`python -m benchmarks ablations`).

@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests import compiled
+
 # Nine tenths of the time is compilation. What is compiled is kept for the other workers, for
 # processes that tests start, and for the next run; `python -m pytest --cache-clear` forgets it.
 COMPILED = {
@@ -46,8 +48,5 @@ def quick_compilation():
 
 @pytest.fixture(autouse=True)
 def _forget_compilations():
-    """Drop compiled functions in time: each maps memory, and Linux allows 65,530 maps."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_text().count("\n") > 20_000:
-        jax.clear_caches()
+    compiled.forget_in_time()

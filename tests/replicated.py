@@ -100,6 +100,18 @@ def error(name, order, mapped):
     return max(sharded.relative_error(tuple(r), on_one_device(name, order)) for r in replicas)
 
 
+def accepted_without_axis():
+    """Whether replicas under pmap may part."""
+    batch, params = problem()
+    tx, step = make_step("prox", "Eq. (17)", None)
+    try:
+        batch = [array.reshape(DEVICES, -1, *array.shape[1:]) for array in batch]
+        jax.pmap(partial(step, params, tx.init(params)), axis_name="i")(*batch)
+    except ValueError as error:
+        return float("axis_name='i'" not in str(error))
+    return 1.0
+
+
 def main():
     """Print the report."""
     jax.config.update("jax_platforms", "cpu")
@@ -112,6 +124,7 @@ def main():
         ("prox", "Algorithm 1", "shard_map, check_vma"),
     ]
     report = {", ".join(case): error(*case) for case in cases}
+    report["accepted without axis_name"] = accepted_without_axis()
     print(json.dumps(report))
 
 

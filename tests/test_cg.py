@@ -140,3 +140,13 @@ def test_inside_training(standard_promotion):
 def test_messages():
     with pytest.raises(ValueError, match="max_iterations=100"):
         cfll.ridge_solve(jnp.ones((2, 2)), jnp.ones((2, 1)), 1.0, solver=cfll.CG(1e-4, 0))
+
+
+def test_of_several_solves_the_least_finished_is_shown():
+    each = (
+        jnp.array([[5, 1]]),
+        jnp.array([[1.0, 0.5]]),
+        jnp.array([[7, 3]]),
+        jnp.array([[0.4, 0]]),
+    )
+    assert [float(value) for value in cfll.SolveInfo(*each).worst()] == [1, 0.5, 7, np.float32(0.4)]

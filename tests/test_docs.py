@@ -1,6 +1,8 @@
 """The README's code runs, its train steps are short, and each notebook is its paired script."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jupytext
@@ -35,3 +37,24 @@ def test_notebooks_are_paired(name):
     script = jupytext.read(ROOT / "notebooks" / f"{name}.py")
     notebook = jupytext.read(ROOT / "notebooks" / f"{name}.ipynb")
     assert [c.source for c in script.cells] == [c.source for c in notebook.cells]
+
+
+def test_without_flax_all_but_cfll_flax_works_and_that_says_what_to_install():
+    program = """
+import sys
+sys.modules["flax"] = None
+import cfll, jax.numpy as jnp
+head = cfll.ridge_solve(jnp.eye(2), jnp.ones((2, 1)), beta=1.0)
+print(head.kernel.shape, cfll.iv.proximal.__name__)
+try:
+    cfll.flax.TrainState
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.splitlines() == [
+        "(2, 1) proximal",
+        'cfll.flax needs Flax: python -m pip install "cfll[flax]"',
+    ]

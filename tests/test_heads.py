@@ -76,6 +76,7 @@ def test_partitioned_parameters_are_found():
         ({"head": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(3)}}, "head", ["(3,)", "(2,)"]),
         ({"head": {"kernel": jnp.ones((4, 2)), "scale": jnp.ones(3)}}, "head", ["scale"]),
         ({}, "head", ["none"]),
+        (jnp.ones(12), "head", ["cfll.closed_form(optax.flatten(...), rule)"]),
     ],
 )
 def test_errors_list_what_is_there(params, path, words):

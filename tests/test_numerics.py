@@ -21,6 +21,7 @@ from benchmarks.experiments.numerics import measure, problems
 from benchmarks.experiments.numerics.exact import exact_head
 from cfll.heads import widest_dtype
 from tests.interrupted import stop_and_resume
+from tests.oracles import TIMES as EXAMPLES
 from tests.oracles import make_problem, spoil_columns
 
 SOLVERS = ("auto", "primal", "dual", "qr", "sums")
@@ -181,7 +182,7 @@ def check(problem, known, solver, head, info):
 def test_right_or_flagged(name, shape, examples):
     dtype = DTYPES[name]
 
-    @settings(max_examples=examples, deadline=None, database=None)
+    @settings(max_examples=examples * EXAMPLES, deadline=None, database=None)
     @given(wild(dtype))
     def run(drawn):
         for repeat in range(REPEATS):
@@ -203,7 +204,7 @@ def transformed(params, features, targets, lam):
     return jax.tree.map(jnp.add, params, updates), state.info
 
 
-@settings(max_examples=500, deadline=None, database=None)
+@settings(max_examples=500 * EXAMPLES, deadline=None, database=None)
 @given(
     wild(np.float32),
     st.sampled_from([None, None, np.nan, np.inf, -np.inf]),
@@ -223,7 +224,7 @@ def test_a_head_that_is_not_finite_is_never_accepted(drawn, broken, row):
         chex.assert_trees_all_equal(new, params)
 
 
-@settings(max_examples=500, deadline=None, database=None)
+@settings(max_examples=500 * EXAMPLES, deadline=None, database=None)
 @given(
     st.tuples(*[st.integers(0, 3)] * 2),
     st.tuples(*[st.integers(0, 3)] * 2),
@@ -265,6 +266,16 @@ def test_a_tiny_penalty_does_not_make_the_dual_vanish():
     # alpha is lam / |features|^2 of the residual: 1e-40, which float32 does not have.
     got, _ = predictions_and_info(np.full((1, 3), 1e5), [[1.0]], 1e-30)
     np.testing.assert_allclose(got, [[1.0]], rtol=1e-3)
+
+
+@pytest.mark.parametrize("lam", [0.0, 1e-45, 1e-38])
+def test_a_wide_batch_whose_squares_vanish_has_a_solution(lam):
+    # The square of the unit of the fallback is zero in float32.
+    features = np.full((1, 3), 4.7e-20, np.float32)
+    head = jax.jit(lambda lam: cfll.ridge_solve(features, np.ones((1, 1)), lam, use_bias=False))(
+        lam
+    )
+    np.testing.assert_allclose(head(features), [[1.0]], rtol=1e-3)
 
 
 def test_products_of_large_features_and_targets_are_right_or_not_finite():

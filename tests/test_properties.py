@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cfll
-from tests.oracles import spoil_columns
+from tests.oracles import TIMES, spoil_columns
 
 # Few shapes, since each is compiled; many values.
 SHAPES = st.sampled_from([(1, 1, 1), (5, 3, 2), (3, 8, 1), (12, 4, 3)])
@@ -48,7 +48,7 @@ def objective(head, features, targets, anchor, weights, lam):
     return fit + float(lam) * (np.sum((kernel - w0) ** 2) + np.sum((bias - b0) ** 2))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300 * TIMES, deadline=None)
 @given(problems())
 def test_always_finite_and_never_worse_than_the_anchor(problem):
     features, targets, anchor, weights, lam = problem
@@ -61,7 +61,7 @@ def test_always_finite_and_never_worse_than_the_anchor(problem):
     assert objective(head, *problem) <= at_anchor * (1 + 1e-5) + slack
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100 * TIMES, deadline=None)
 @given(problems(), st.permutations(range(12)))
 def test_the_order_of_samples_does_not_matter(problem, order):
     features, targets, anchor, weights, _ = problem
@@ -72,7 +72,7 @@ def test_the_order_of_samples_does_not_matter(problem, order):
     np.testing.assert_allclose(shuffled.kernel, head.kernel, rtol=1e-3, atol=1e-3)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100 * TIMES, deadline=None)
 @given(problems())
 def test_a_weight_of_two_is_a_sample_twice(problem):
     features, targets, anchor, weights, _ = problem
@@ -91,7 +91,7 @@ def add_one(stats, features, targets):
     return stats.add(features, targets)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200 * TIMES, deadline=None)
 @given(
     st.sampled_from([(4, 2), (2, 4)]),
     st.lists(st.sampled_from([0.0, 1.0, -1e30, 1e30, np.nan, np.inf]), min_size=8, max_size=8),

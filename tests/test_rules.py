@@ -188,6 +188,19 @@ def test_a_rejected_solution_keeps_head_and_rule_state():
     assert (bool(state.info.accepted), int(state.info.skipped), int(state.count)) == (False, 1, 2)
 
 
+def test_a_state_from_outside_the_step_shows_as_stale():
+    params, tx = make_params(), cfll.closed_form_head(PROX3)
+    first = opt_state = tx.init(params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for from_outside in (False, False, True):
+        state = first if from_outside else opt_state
+        _, solution = PROX3.loss(features_of(params), Y, cfll.get_state(state))
+        _, opt_state = tx.update(zeros, opt_state, params, solution=solution)
+        assert bool(cfll.get_state(opt_state).info.stale) is from_outside
+    _, opt_state = tx.update(zeros, opt_state, params, solution=solution.head)
+    assert not cfll.get_state(opt_state).info.stale
+
+
 def test_a_head_that_the_parameters_cannot_hold_is_rejected():
     rule, params = cfll.prox(1e-6), jax.tree.map(lambda p: p.astype(jnp.float16), make_params())
     tx = cfll.closed_form_head(rule)
@@ -304,7 +317,7 @@ def test_four_devices_with_an_axis_train_as_one():
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert len(errors) == 5
+    assert len(errors) == 6
     assert max(errors.values()) < 1e-5, errors
 
 
@@ -336,6 +349,36 @@ def test_an_axis_of_vmap_is_a_batch_in_parts(x64, penalize_bias):
 def test_an_axis_solves_from_sums_alone():
     with pytest.raises(ValueError, match="leave out solver='qr'"):
         cfll.prox(1.0, axis_name="i", solver="qr")
+
+
+@pytest.mark.parametrize("order", ["Eq. (17)", "Algorithm 1"])
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    "rule", [PROX3, cfll.every(2, cfll.ridge(1.0)), cfll.softmax(1.0), cfll.kalman(1.0)]
+)
+def test_without_an_axis_replicas_are_refused(rule, check_vma, order):
+    params, mesh = make_params(), jax.sharding.AbstractMesh((4,), ("i",))
+
+    def refuse_or_solve(rule, mesh=mesh):
+        tx = cfll.closed_form_head(rule)
+        state = tx.init(params)
+
+        def solve(x, y):
+            features = features_of(params, x)
+            if order == "Eq. (17)":
+                return rule.loss(features, y, state)[1].head.kernel
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            return tx.update(zeros, state, params, targets=y, features=features)[0]["head"][
+                "kernel"
+            ]
+
+        specs = {"in_specs": jax.P("i"), "out_specs": jax.P("i"), "check_vma": check_vma}
+        return jax.eval_shape(jax.shard_map(solve, mesh=mesh, **specs), X, Y)
+
+    with pytest.raises(ValueError, match=r"mapped axis 'i' .* cfll.prox\(lam, axis_name='i'\)"):
+        refuse_or_solve(rule)
+    assert refuse_or_solve(rule._replace(axis_name=())).shape == (4 * 5, 2)
+    assert refuse_or_solve(rule, jax.sharding.AbstractMesh((1,), ("i",))).shape == (5, 2)
 
 
 # Where the state is ------------------------------------------------------------------------------
@@ -494,7 +537,9 @@ def test_a_solution_goes_to_its_own_head_only():
 @pytest.mark.parametrize(
     ("keywords", "words"),
     [
-        ({"solution": {"kernel": X}}, "got none for the head at 'head'"),
+        ({"solution": None}, "got none for the head at 'head'"),
+        ({"solution": {"kernel": X}}, "keys ['kernel'], none of which is the path of the head"),
+        ({"solution": {("head",): X}}, "write solution={'head': ...}"),
         ({"solution": (1.0, cfll.LinearHead.zeros(5, 2))}, "a tuple; write loss, solution ="),
         ({"solution": X}, "write loss, solution ="),
         (

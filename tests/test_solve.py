@@ -578,6 +578,14 @@ F, Y = np.ones((6, 4), np.float32), np.ones((6, 2), np.float32)
         (lambda: cfll.ridge_solve(F, np.arange(6), 1.0), TypeError, ["int", "jax.nn.one_hot"]),
         (lambda: cfll.ridge_solve(F, Y > 0, 1.0), TypeError, ["bool", "jax.nn.one_hot"]),
         (lambda: cfll.ridge_solve(F + 1j, Y, 1.0), TypeError, ["complex64", "features.real"]),
+        (lambda: cfll.ridge_solve(F, Y, 1j), TypeError, ["beta is 1j", "beta=10.0"]),
+        (lambda: cfll.ridge_solve(F, Y, None), TypeError, ["beta is None"]),
+        (lambda: cfll.ridge_solve(F, Y, "1"), TypeError, ["beta is '1'"]),
+        (
+            lambda: cfll.prox_solve(F, Y, cfll.LinearHead.zeros(4, 2, dtype=complex), 1.0),
+            TypeError,
+            ["anchor is complex", "anchor.kernel.real"],
+        ),
         (lambda: cfll.ridge_solve(F, Y, -1.0), ValueError, ["beta is negative", "beta > 0"]),
         (lambda: cfll.ridge_solve(F[:3], Y[:3], 0.0), ValueError, ["beta is zero", "beta > 0"]),
         (lambda: cfll.ridge_solve(F, Y, np.ones(3)), ValueError, ["beta", "(3,)", "(4,)"]),
@@ -694,3 +702,11 @@ def test_repeated_samples_that_contradict_each_other_get_no_huge_weights(lam, us
     rows = stacked_rows(features, lam) if use_bias else np.vstack([features, lam**0.5 * np.eye(64)])
     expected = np.linalg.lstsq(rows, np.vstack([targets, np.zeros((len(rows) - 8, 2))]))[0]
     assert relative_error(stack(head), expected) < 1e-3
+
+
+def test_a_route_is_found_by_an_array_without_a_hash():
+    for value in (jnp.int32(5), np.array(5), np.int32(5), 5):
+        assert cfll.Route(value) is cfll.Route.CG
+        assert cfll.Route._missing_(value) is cfll.Route.CG  # what Python 3.12 asks for an array
+    with pytest.raises(ValueError, match="not a valid Route"):
+        cfll.Route(jnp.int32(17))

@@ -1,7 +1,5 @@
 """Rules for other losses: scikit-learn's heads, no rise of the loss, both orders, guards."""
 
-import os
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -20,9 +18,10 @@ import cfll.flax
 from cfll.rules.rule import initial_state
 from cfll.rules.working import LENGTHS
 from tests import nets
+from tests.oracles import TIMES
 
 NAMES = ["softmax", "logistic", "poisson", "huber"]
-EXAMPLES = int(os.environ.get("WORKING_EXAMPLES", "100"))  # for each of the losses
+EXAMPLES = 100 * TIMES  # for each of the losses
 
 LOSSES = {  # float64 NumPy, (n, o) -> (n,)
     "softmax": lambda z, y: y.sum(-1) * logsumexp(z, axis=-1) - (y * z).sum(-1),

@@ -21,7 +21,7 @@ from benchmarks.core.timing import interleaved, training_step
 from benchmarks.core.training import first_at_or_below
 from benchmarks.core.tuner import Values
 from benchmarks.experiments import Experiment
-from benchmarks.reporting.comparisons import compared, higher, lower, mean_and_interval
+from benchmarks.reporting.comparisons import compared, higher, level, lower, mean_and_interval
 from benchmarks.reporting.summary import Claim, Summary, Table, show
 from benchmarks.tasks import burgers, images, kdv, tables
 
@@ -230,7 +230,35 @@ def claims_of(task: Task, found: Found) -> list[Claim]:
     return claims
 
 
-Part = tuple[Table, Table, list[Claim]]
+def glance_rows(task: Task, found: Found) -> list[tuple[str, ...]]:
+    """A task's lines of the table for a decision: what each head does to the gradient head's."""
+    compared = {"fixed lam": (FIXED, GRADIENT_HEAD), "self-tuned": (TUNED, GRADIENT_HEAD)}
+    if task in CLASSIFIERS:
+        compared["softmax, fixed lam"] = (SOFTMAX_HEAD, CROSS_ENTROPY)
+
+    def cell(row: Row, other: str) -> str:
+        ours, theirs = found.get(row), found.get(row._replace(head=other))
+        if ours is None or theirs is None:
+            return ""
+        mean, baseline = ours.final.mean(), theirs.final.mean()
+        text = f"{mean - baseline:+.3f}" if task in CLASSIFIERS else f"{mean / baseline:.2f}"
+        return text + (" (level)" if level(ours, theirs) else "")
+
+    rows = []
+    for batch_size in dict.fromkeys(row.batch_size for row in found):
+        for name, (head, other) in compared.items():
+            cells = [cell(Row(optimizer, head, batch_size), other) for optimizer in OPTIMIZERS]
+            if any(cells):
+                rows.append((task, str(batch_size), name, *cells))
+    return rows
+
+
+GLANCE = (
+    "Regression: test error, as a share of that of the best gradient head of any ratio. "
+    "Classification: test accuracy minus that of the best gradient head, squared loss against "
+    "squared loss and softmax against cross entropy. Level: the 95 % intervals of the two overlap."
+)
+Part = tuple[Table, Table, list[Claim], list[tuple[str, ...]]]
 
 
 def part_of(
@@ -239,7 +267,9 @@ def part_of(
     """What is found of a task; nothing if there is nothing."""
     found = compare(comparison, task, batch_sizes, optimizers)
     numbers = task_table(task, comparison.problem, found, seconds_of(comparison, found))
-    return (numbers, tuned_table(task, found), claims_of(task, found)) if found else None
+    if not found:
+        return None
+    return numbers, tuned_table(task, found), claims_of(task, found), glance_rows(task, found)
 
 
 def summarize(records: Records, figures: Path, preset: str) -> Summary:
@@ -265,8 +295,15 @@ def page(parts: Iterable[Part]) -> Summary:
         "decades of rates and decades of ratio or lam, the best three on a second seed, the best "
         "on five; chosen by the last validation metric. All rates decay on a cosine. Times per "
         "step are measured in turn.",
-        tables=[table for numbers, tuned, _ in listed for table in (numbers, tuned)],
-        claims=[claim for *_, claims in listed for claim in claims],
+        tables=[
+            Table(
+                GLANCE,
+                ("task", "B", "head", *OPTIMIZERS),
+                tuple(row for *_, rows in listed for row in rows),
+            ),
+            *(table for part in listed for table in part[:2]),
+        ],
+        claims=[claim for part in listed for claim in part[2]],
         figures=[],
     )
 

@@ -18,8 +18,10 @@ its features are the products :math:`(\psi, 1) \otimes (\xi(c), 1)`.
 `proximal` keeps both heads near their previous values, in the order of Eq. (17) or Algorithm 3;
 `original` is the method of Xu et al. (2020). Both are a few pure functions over one state, in the
 spirit of Optax: two `cfll.Rule` beside two backbones. Knows no Flax (`cfll.flax` wraps modules).
+`cfll.iv.proxy` poses a problem with proxies of the confounder (DFPV) as one of these.
 """
 
+from cfll.iv import proxy
 from cfll.iv.evaluation import Refitted, predict, refit
 from cfll.iv.methods import original, proximal
 from cfll.iv.state import IVBatch, IVMethod, IVState, NetState, Networks
@@ -36,5 +38,6 @@ __all__ = [
     "original",
     "predict",
     "proximal",
+    "proxy",
     "refit",
 ]

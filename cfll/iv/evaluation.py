@@ -50,7 +50,7 @@ def predict(
         check_rows("this call", treatment=treatment, covariate=covariate)
     psi = treatment_features(networks, state, treatment)
     head = state.stage2.anchor if stage2 is None else stage2
-    return head(_with_covariates(networks, state, psi, covariate))
+    return head(with_covariates(networks, state, psi, covariate))
 
 
 class Refitted(NamedTuple):
@@ -111,7 +111,7 @@ def refit(
     for batch in stage2_data:
         check_rows("a batch of stage2_data", **batch._asdict())
         psi = stage1(instrument_features(networks, state, batch.instrument))
-        features = _with_covariates(networks, state, psi, batch.covariate)
+        features = with_covariates(networks, state, psi, batch.covariate)
         rows = _append(rows, features, outcome_of(batch))
     stage2, stage2_info = _ridge(rows, state.stage2.anchor, beta, penalize_bias)
     return Refitted(stage1, stage2, stage1_info, stage2_info)
@@ -148,7 +148,7 @@ def _ridge(
     return split_head(stacked.kernel, has_bias), info
 
 
-def _with_covariates(
+def with_covariates(
     networks: Networks, state: IVState, treatment_features: jax.Array, covariate: Any
 ) -> jax.Array:
     """What the head of stage 2 sees, all networks evaluated."""

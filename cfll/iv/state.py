@@ -113,12 +113,17 @@ def features_shape(backbone: Backbone, inputs: Any, name: str) -> jax.ShapeDtype
     features, _ = jax.eval_shape(
         partial(backbone.apply, train=False), backbone.params, backbone.stats, inputs
     )
+    check_feature_rows(features, name)
+    return features
+
+
+def check_feature_rows(features: Any, name: str) -> None:
+    """Refuse what is no matrix of one row per sample."""
     if len(features.shape) != 2:
         raise ValueError(
             f"the {name} network returned features of shape {features.shape}; expected (n, d): "
             "one row per sample."
         )
-    return features
 
 
 def outcome_of(batch: IVBatch) -> jax.Array:
@@ -134,9 +139,10 @@ def outcome_of(batch: IVBatch) -> jax.Array:
 
 
 def products(treatment: jax.Array, covariate: jax.Array) -> jax.Array:
-    """(psi, 1) x (xi, 1) without the last product, 1: that one is the bias."""
+    """(psi, 1) x (xi, 1) without the last product, 1: that one is the bias. One psi serves all."""
     pairs = treatment[:, :, None] * covariate[:, None, :]
-    return jnp.concatenate([pairs.reshape(len(treatment), -1), treatment, covariate], axis=1)
+    treatment = jnp.broadcast_to(treatment, (len(covariate), treatment.shape[1]))
+    return jnp.concatenate([pairs.reshape(len(covariate), -1), treatment, covariate], axis=1)
 
 
 def check_state(state: Any) -> None:

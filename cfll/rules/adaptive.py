@@ -10,9 +10,8 @@ import numpy as np
 from cfll import samples
 from cfll.heads import LinearHead, widest_dtype
 from cfll.losses import penalized_loss
-from cfll.rules.penalized import AxisName
 from cfll.rules.prox import prox
-from cfll.rules.rule import Rule
+from cfll.rules.rule import AxisName, Rule
 from cfll.solve import CG, penalized_solve
 
 # Of the descent on log lam: its rate, and the decay of the running means of slope and square.
@@ -105,7 +104,7 @@ def adaptive_prox(
         solution = rule.solve(features, targets, state, sample_weight=sample_weight)
         return solution._replace(rule_state=rule_state)
 
-    return Rule(init, solve, base.objective)
+    return Rule(init, solve, base.objective, axis_name=axis_name)
 
 
 # Compiled itself, as the kernels are: outside of jit a cond compiles at every call.
@@ -123,7 +122,7 @@ def _descend(options: Any, axis_name: Any, batch: Any, head: Any) -> AdaptiveSta
 
     def shared(measured: Any) -> Any:
         measured = jax.tree.map(lambda x: jnp.asarray(x, dtype), measured)
-        return measured if axis_name is None else jax.lax.pmean(measured, axis_name)
+        return jax.lax.pmean(measured, axis_name) if axis_name else measured
 
     squares, count = shared(_squared_norms(batch))
     seen = (squares > 0) & jnp.isfinite(squares)

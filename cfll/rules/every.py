@@ -44,6 +44,10 @@ def every(update_interval: int, rule: Rule) -> Rule:
             new = rule.solve(features, targets, state, **keywords)
             return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), new, kept)
 
-        return jax.lax.cond(due, solved, lambda: kept)
+        def typed(solution: Solution) -> Solution:  # devices without an axis differ
+            batch = (jnp.asarray(x, jnp.float32) for x in (features, targets, state.anchor.kernel))
+            return solution if rule.axis_name else samples.varying_like(solution, *batch)
+
+        return jax.lax.cond(due, lambda: typed(solved()), lambda: typed(kept))
 
     return rule._replace(solve=solve)

@@ -78,7 +78,8 @@ def kalman(
     said. (Only where noise is what limits a network may it be ahead, too.) `cfll.prox` is this rule
     with the covariance forgotten at every step, :math:`\Sigma = I / \lambda` (Appendix A).
     The state has m^2 numbers, m = d + 1; an update takes O(m^2 n) with n < m samples, and O(m^3)
-    more with q or f. There is no ``axis_name``: shard the batch and jit.
+    more with q or f. There is no ``axis_name``: on several devices shard the batch and jit;
+    inside ``pmap`` and ``shard_map`` the rule is refused.
 
     Args:
       beta: the penalty of the first head, in units of features squared times samples: variances of

@@ -7,18 +7,16 @@ import jax.numpy as jnp
 
 from cfll.heads import widest_dtype
 from cfll.losses import penalized_loss
-from cfll.rules.rule import Penalty, Rule, Solution, penalty_state
+from cfll.rules.rule import AxisName, Penalty, Rule, Solution, penalty_state
 from cfll.solve import CG, penalized_solve
 from cfll.stats import GramStats
-
-AxisName = str | tuple[str, ...]
 
 
 def penalized_rule(
     name: str, penalty: Penalty, penalize_bias: bool, solver: str | CG, axis_name: AxisName | None
 ) -> Rule:
     """The rule with the penalty "lam", around the anchor, or "beta", around zero."""
-    if axis_name is not None and solver != "auto":
+    if axis_name and solver != "auto":
         raise ValueError(f"with axis_name heads are solved from sums: leave out solver={solver!r}.")
 
     def anchor_of(state):
@@ -35,7 +33,7 @@ def penalized_rule(
         value = rule_state.lam if callable(penalty) else penalty
         use_bias = state.anchor.bias is not None
         options: Any = {"penalize_bias": penalize_bias, "name": name}
-        if axis_name is None:
+        if not axis_name:
             options |= {"use_bias": use_bias, "sample_weight": sample_weight, "solver": solver}
             head, info = penalized_solve(features, targets, anchor, value, **options)
         else:
@@ -50,6 +48,6 @@ def penalized_rule(
     def objective(solution, features, targets, state, *, sample_weight=None):
         options: Any = {"penalize_bias": penalize_bias, "sample_weight": sample_weight}
         batch = features, targets, anchor_of(state), solution.rule_state.lam
-        return penalized_loss(solution.head, *batch, axis_name=axis_name, **options)
+        return penalized_loss(solution.head, *batch, axis_name=axis_name or None, **options)
 
-    return Rule(init, solve, objective, unsolved)
+    return Rule(init, solve, objective, unsolved, axis_name)

@@ -1,7 +1,7 @@
 """prox: stay near the previous head."""
 
-from cfll.rules.penalized import AxisName, penalized_rule
-from cfll.rules.rule import Penalty, Rule
+from cfll.rules.penalized import penalized_rule
+from cfll.rules.rule import AxisName, Penalty, Rule
 from cfll.solve import CG
 
 
@@ -26,8 +26,8 @@ def prox(
       axis_name: inside ``pmap`` or ``shard_map``, the mapped axis (or axes) whose devices share the
         batch, as in batch norm: the head is then that of all samples, from their `GramStats`, in
         one all-reduce; the mean of the losses over the axis is the loss of all samples, and the
-        mean of the gradients its gradient. Without it every device solves for its own samples, and
-        replicas part.
+        mean of the gradients its gradient. ``()``: every device has a network of its own. None is
+        refused there, since replicas of a network would part.
 
     Returns:
       A `cfll.Rule`.

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from cfll.heads import widest_dtype
-from cfll.rules.penalized import AxisName, penalized_rule
-from cfll.rules.rule import Penalty, Rule
+from cfll.rules.penalized import penalized_rule
+from cfll.rules.rule import AxisName, Penalty, Rule
 from cfll.solve import CG
 
 

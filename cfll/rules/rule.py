@@ -20,6 +20,7 @@ from cfll.losses import constant_at_first_order, penalized_loss
 from cfll.solve import Route, SolveInfo
 
 Penalty = jax.typing.ArrayLike | Callable[[jax.Array], jax.typing.ArrayLike]
+AxisName = str | tuple[str, ...]
 
 
 class HeadInfo(NamedTuple):
@@ -36,6 +37,8 @@ class HeadInfo(NamedTuple):
         replaced by it. Zero in the order of Eq. (17), unless a backbone uses leaves of the head as
         well (tied weights, which are not supported), the loss has another term with the head, or a
         transformation before this one decays it. Zero in the other orders, which replace gradients.
+      stale: bool, whether the solution was made from the state of another update: ``rule.loss`` got
+        a ``cfll.get_state(opt_state)`` of before, and keeps the head near an old one.
     """
 
     solve: SolveInfo
@@ -43,6 +46,7 @@ class HeadInfo(NamedTuple):
     skipped: jax.Array
     drift: jax.Array
     overruled: jax.Array
+    stale: jax.Array
 
     @property
     def route(self) -> jax.Array:
@@ -87,13 +91,15 @@ class Solution(NamedTuple):
       head: the next head.
       rule_state: the rule's next state.
       info: a `cfll.SolveInfo`.
-      path: of the head that it is for; filled in by ``rule.loss``.
+      path: of the head that it is for; filled in by ``rule.loss``, as
+      count: of the state that it was made from.
     """
 
     head: LinearHead
     rule_state: Any
     info: SolveInfo
     path: dict[str, None] | None = None
+    count: jax.Array | None = None  # type: ignore[assignment]  # as in ClosedFormState
 
 
 def _squared_loss(solution, features, targets, state, *, sample_weight=None):
@@ -116,6 +122,9 @@ class Rule(NamedTuple):
         samples and sum over outputs.
       unsolved: ``unsolved(state) -> rule_state``, the next one where the head came from elsewhere,
         a `LinearHead` as ``solution``; by default the old one.
+      axis_name: the mapped axes whose devices ``solve`` sums over. With None, ``loss`` and
+        ``tx.update`` refuse to solve inside ``pmap`` and ``shard_map``, where replicas would part
+        unseen; ``rule._replace(axis_name=())`` lets every device solve for itself.
 
     Examples:
       A rule that solves only the first head and keeps it:
@@ -133,6 +142,7 @@ class Rule(NamedTuple):
     solve: Callable[..., Solution]
     objective: Callable[..., jax.Array] = _squared_loss
     unsolved: Callable[[ClosedFormState], Any] = attrgetter("rule_state")
+    axis_name: AxisName | None = None
 
     def loss(
         self,
@@ -175,7 +185,7 @@ class Rule(NamedTuple):
         References:
           Closed-Form Last Layer Optimization, Eq. (5), (14) and (17), Theorems 1 and 2.
         """
-        features = check_features(features, state)
+        features = check_features(features, state, self)
         unknown = set(extra) - set(known(self.solve, extra)) - set(known(self.objective, extra))
         if unknown:
             raise TypeError(f"this rule takes no keyword {', '.join(sorted(unknown))}.")
@@ -185,7 +195,7 @@ class Rule(NamedTuple):
         solution = self.solve(*fixed, **known(self.solve, fixed_keywords))
         check_solution(solution, state)
         loss = self.objective(solution, *batch, **known(self.objective, keywords))
-        return loss, solution._replace(path=state.path)
+        return loss, solution._replace(path=state.path, count=state.count)
 
 
 def known(function: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
@@ -208,6 +218,7 @@ def initial_state(rule: Rule, anchor: LinearHead, path: str = "head") -> ClosedF
         skipped=jnp.zeros((), jnp.int32),
         drift=jnp.zeros((), jnp.float32),
         overruled=jnp.zeros((), jnp.float32),
+        stale=jnp.zeros((), jnp.bool_),
     )
     return ClosedFormState(jnp.zeros((), jnp.int32), anchor, rule.init(anchor), info, {path: None})
 
@@ -237,7 +248,14 @@ def advance(
         (state.anchor, state.rule_state),
     )
     skipped = state.info.skipped + (~accepted).astype(jnp.int32)
-    info = HeadInfo(solution.info.as_arrays(), accepted, skipped, drift, _largest(overruled or []))
+    info = HeadInfo(
+        solution.info.as_arrays(),
+        accepted,
+        skipped,
+        drift,
+        _largest(overruled or []),
+        jnp.asarray(solution.count is not None and solution.count != state.count),
+    )
     count = jnp.asarray(optax.safe_increment(state.count))
     return state._replace(count=count, anchor=anchor, rule_state=rule_state, info=info)
 
@@ -253,8 +271,8 @@ def _like(leaf: Any, reference: jax.Array) -> jax.Array:
     return leaf if same else jnp.asarray(leaf, reference.dtype)
 
 
-def check_features(features: Any, state: ClosedFormState) -> jax.Array:
-    """Refuse what is not the input of the head."""
+def check_features(features: Any, state: ClosedFormState, rule: Rule) -> jax.Array:
+    """Refuse what is not the input of the head, or of one device where the rule needs all."""
     if not isinstance(state, ClosedFormState):
         raise TypeError(
             f"state is a {type(state).__name__}; a rule needs the state of the head: write "
@@ -270,6 +288,16 @@ def check_features(features: Any, state: ClosedFormState) -> jax.Array:
         raise ValueError(
             f"the features have shape {features.shape}, but the head takes (..., {d}): they must "
             "be the input of the head, not its output. Check the method that makes them."
+        )
+    mesh = jax.sharding.get_abstract_mesh()
+    mapped = [name for name in mesh.manual_axes if mesh.shape[name] > 1]
+    if mapped and rule.axis_name is None:
+        raise ValueError(
+            f"each device of the mapped axis {mapped[0]!r} would solve for its own samples, and the"
+            f" replicas of a network part. Write cfll.prox(lam, axis_name={mapped[0]!r}), alike for"
+            " the ridge rules and adaptive_prox; for other rules jit over a sharded batch instead "
+            "of pmap and shard_map. If devices have networks of their own, or all samples: "
+            "rule._replace(axis_name=())."
         )
     return features
 

@@ -65,7 +65,8 @@ def softmax(
     Args:
       lam: as in `cfll.prox`, multiplying a *sum* over samples.
       steps: number of inner steps, each a `cfll.prox_solve`. Training seldom gains by more than 1.
-      penalize_bias, solver: as in `cfll.prox_solve`.
+      penalize_bias, solver: as in `cfll.prox_solve`. There is no ``axis_name``: on several devices
+        shard the batch and jit; inside ``pmap`` and ``shard_map`` the rule is refused.
 
     Returns:
       A `cfll.Rule`; targets (..., o), one-hot or probabilities. With targets out of range or a loss
@@ -209,7 +210,7 @@ def _descend(options: Any, problem: Problem, batch: Any) -> tuple[LinearHead, So
             head = jax.tree.map(lambda x: jnp.moveaxis(x[..., 0], 0, -1), head)
         else:
             head, infos = one(problem, batch)
-        return head, jax.tree.map(lambda x: x.ravel()[jnp.argmin(infos.rcond)], infos)
+        return head, infos.worst()
 
     head_specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, batch[1])
     specs = head_specs, jax.tree.map(lambda _: jax.P(), SolveInfo(0, 0))

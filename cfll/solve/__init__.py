@@ -257,8 +257,4 @@ def _solve_outputs(
     # Not vmap, which pays for both branches of every cond.
     outputs = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (targets, sample_weight, anchor))
     head, infos = jax.lax.map(solve, outputs)
-    worst = jnp.argmin(infos.rcond)
-    info = SolveInfo(
-        infos.route[worst], infos.rcond[worst], infos.iterations.max(), infos.residual.max()
-    )
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), head), info
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), head), infos.worst()

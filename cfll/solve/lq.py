@@ -117,7 +117,8 @@ def _stack(problem: Problem) -> _Stack:
     # In units of the largest entry of T nothing overflows or vanishes when squared.
     largest = jnp.maximum(jnp.max(jnp.abs(z) * scale.reshape(1, -1)), jnp.sqrt(lam))
     unit = power_of_two_above(largest.reshape(1, 1))
-    scale, lam = scale / unit, (lam / unit / unit).reshape(())
+    # Not lam / unit / unit: XLA divides once, by the square of the unit, which may be zero.
+    scale, lam = scale / unit, jnp.square(jnp.sqrt(lam) / unit).reshape(())
     blocks = max(1, min(d // (4 * n), _MAX_BLOCKS))
     size = -(-d // blocks)
     scales = jnp.broadcast_to(scale, (d, 1))

@@ -175,6 +175,8 @@ def check_penalty(name: str, penalty: Any, d: int, rows: int, free_bias: bool) -
     """Refuse penalties of a wrong shape, negative ones, and those that leave the head undefined."""
     if callable(penalty):
         raise TypeError(f"{name} is a function; a kernel takes its value: write {name}(step).")
+    if penalty is None or isinstance(penalty, str) or jnp.iscomplexobj(penalty):
+        raise TypeError(f"{name} is {penalty!r}; write a real number > 0, e.g. {name}=10.0.")
     shape = jnp.shape(penalty)
     if shape not in ((), (d,), (d, d)):
         raise ValueError(

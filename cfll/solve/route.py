@@ -21,6 +21,11 @@ class Route(IntEnum):
     GIVEN = 4  # not solved here: the caller brought a head
     CG = 5  # conjugate gradients
 
+    @classmethod
+    def _missing_(cls, value: object) -> "Route | None":
+        """Of a scalar array, which has no hash: Python 3.12 and later do not look it up."""
+        return next((route for route in cls if route == value), None)
+
     def __str__(self) -> str:
         return self.name.lower()
 
@@ -57,6 +62,12 @@ class SolveInfo(NamedTuple):
             jnp.asarray(self.iterations, jnp.int32),
             jnp.asarray(self.residual, jnp.float32),
         )
+
+    def worst(self) -> "SolveInfo":
+        """Of several solves, stacked: the worst conditioned, and the least finished."""
+        route, rcond, iterations, residual = jax.tree.map(jnp.ravel, self)
+        k = jnp.argmin(rcond)
+        return SolveInfo(route[k], rcond[k], iterations.max(), residual.max())
 
 
 class Solver(Protocol):
