@@ -1,5 +1,6 @@
 """What the runs say about Figure 3 and about the cost of an update."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.core.records import Record
@@ -19,7 +20,7 @@ from benchmarks.experiments.dfiv.stage2 import PUBLISHED
 from benchmarks.reporting import plots
 from benchmarks.reporting.comparisons import mean_and_interval
 from benchmarks.reporting.intervals import half_interval
-from benchmarks.reporting.summary import Claim, Summary, Table
+from benchmarks.reporting.summary import Claim, Summary, Table, tabulate
 from benchmarks.tasks.dfiv import Design, Size
 
 Found = dict[tuple[str, int], Best]  # (method, batch size) -> its best
@@ -52,33 +53,24 @@ def summary_of(
 
 def error_table(found: Found) -> Table:
     """Errors and hyperparameters."""
-    rows = []
-    for (method, batch_size), best in sorted(found.items(), key=lambda item: item[0][1]):
-        rows.append(
-            (
-                f"{method}, B = {batch_size}",
-                mean_and_interval(best.last("refitted"), ".3g"),
-                mean_and_interval(best.last("current"), ".3g"),
-                mean_and_interval(best.last("refitted_on_sum"), ".3g"),
-                f"{best.config.rate:g}",
-                f"{best.config.penalty1:g}, {best.config.penalty2:g}",
-                f"{1e3 * best.seconds_per_round:.0f}",
-            )
-        )
-    return Table(
+
+    def errors(heads: str) -> Callable[[Best], str]:
+        return lambda best: mean_and_interval(best.last(heads), ".3g")
+
+    return tabulate(
         "Test MSE in squared units of the outcome, mean ± half the 95 % interval. Penalties: "
         "lam1, lam2 of proximal, beta1, beta2 of DFIV. A round: 20 updates of stage 1 and one "
         "of stage 2.",
-        (
-            "method",
-            "refitted",
-            "current",
-            "refitted, 0.01 on the sum",
-            "rate",
-            "penalties",
-            "ms per round",
-        ),
-        tuple(rows),
+        sorted(found.values(), key=lambda best: best.config.batch_size),
+        {
+            "method": lambda best: f"{best.config.method}, B = {best.config.batch_size}",
+            "refitted": errors("refitted"),
+            "current": errors("current"),
+            "refitted, 0.01 on the sum": errors("refitted_on_sum"),
+            "rate": lambda best: f"{best.config.rate:g}",
+            "penalties": lambda best: f"{best.config.penalty1:g}, {best.config.penalty2:g}",
+            "ms per round": lambda best: f"{1e3 * best.seconds_per_round:.0f}",
+        },
     )
 
 

@@ -16,10 +16,10 @@ from benchmarks.core.methods import Batch
 from benchmarks.core.problem import network
 from benchmarks.core.records import Record
 from benchmarks.core.timing import interleaved
-from benchmarks.experiments.speed.ratios import BETA, ROUNDS, Rows, make_batch, ratio
+from benchmarks.experiments.speed.ratios import BETA, ROUNDS, Cell, Rows, make_batch, ratio
 from benchmarks.models.mlp import MLP
 from benchmarks.reporting import plots
-from benchmarks.reporting.summary import Table
+from benchmarks.reporting.summary import Table, tabulate
 
 AXES: Mapping[str, tuple[tuple[int, int, int], ...]] = {
     "d": tuple((4096, d, 10) for d in (64, 128, 256, 512, 1024, 2048, 4096, 8192)),
@@ -111,23 +111,22 @@ def sparing_case(name: str, num_steps: int = 600, width: int = 512, batch: int =
 
 def growth_table(rows: Rows) -> Table:
     """Where conjugate gradients overtake Cholesky."""
-    names = [f"cg, {tol:g}" for tol in CG_TOLERANCES]
-    return Table(
+
+    def cell(name: str) -> Cell:
+        return lambda row: (
+            f"{ratio(row[1], name, CHOLESKY)}, {row[1]['iterations'][name]}, "
+            f"{row[1]['difference'][name]:.0e}"
+        )
+
+    return tabulate(
         "Conjugate gradients (with their tolerance) from an anchor of zeros: time divided by that "
         "of the direct solve, iterations, relative difference of the predictions on the batch.",
-        ("(n, d, o)", "direct, ms", *names),
-        tuple(
-            (
-                str(tuple(key["shape"])),
-                f"{1e3 * np.median(record['seconds'][CHOLESKY]):.2f}",
-                *(
-                    f"{ratio(record, name, CHOLESKY)}, {record['iterations'][name]}, "
-                    f"{record['difference'][name]:.0e}"
-                    for name in names
-                ),
-            )
-            for key, record in rows
-        ),
+        rows,
+        {
+            "(n, d, o)": lambda row: str(tuple(row[0]["shape"])),
+            "direct, ms": lambda row: f"{1e3 * np.median(row[1]['seconds'][CHOLESKY]):.2f}",
+            **{name: cell(name) for name in (f"cg, {tol:g}" for tol in CG_TOLERANCES)},
+        },
     )
 
 
@@ -163,17 +162,14 @@ def growth_figure(rows: Rows, path: Path) -> list[Path]:
 
 def sparing_table(rows: Rows) -> Table:
     """What fewer and rougher solves cost and save."""
-    return Table(
+    return tabulate(
         "Training with fewer or rougher solves: 600 steps of Adam with Algorithm 1, 512 features, "
         "batch 256, on a teacher network's outputs; one seed. Test error as a share of the "
         "targets' variance.",
-        ("head solved", "ms per step", "test error"),
-        tuple(
-            (
-                key["name"],
-                f"{1e3 * np.median(record['seconds'][key['name']]):.1f}",
-                f"{record['error']:.2e}",
-            )
-            for key, record in rows
-        ),
+        rows,
+        {
+            "head solved": lambda row: row[0]["name"],
+            "ms per step": lambda row: f"{1e3 * np.median(*row[1]['seconds'].values()):.1f}",
+            "test error": lambda row: f"{row[1]['error']:.2e}",
+        },
     )

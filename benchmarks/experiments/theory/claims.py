@@ -5,40 +5,32 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.reporting.summary import Claim, Table
+from benchmarks.reporting.summary import Claim, Table, tabulate
 
 Runs = list[dict[str, np.ndarray]]  # of a check, read back
 
 
 def identities_table(found: dict[str, np.ndarray]) -> Table:
     """One row per beta."""
-    columns = {
-        "Eq. (28)": "gradient",
-        "Eq. (33)": "gradient_star",
-        "Y⊥Y*ᵀ (zero in (39))": "orthogonality",
-        "(40), left side Y*Y*ᵀ": "forty_star",
-        "(40), left side YY*ᵀ": "forty",
-        "λ falls": "falling",
-        "AB + BA indefinite": "indefinite",
-    }
-    shares = ("falling", "indefinite")
-    return Table(
-        caption=(
-            "Random features and targets: largest relative differences (Y⊥Y*ᵀ: norm over that of "
-            "YYᵀ), and shares of the draws in which an eigenvalue of Y*Y*ᵀ falls along the flow, "
-            "and in which the right side of Eq. (40) has a negative eigenvalue."
-        ),
-        headings=("β", *columns),
-        rows=tuple(
-            (
-                f"{beta:g}",
-                *(
-                    f"{found[name][i]:.0%}" if name in shares else f"{found[name][i]:.0e}"
-                    for name in columns.values()
-                ),
-            )
-            for i, beta in enumerate(found["betas"])
-        ),
+
+    def column(name: str, digits: str = ".0e") -> Callable[[int], str]:
+        return lambda index: f"{found[name][index]:{digits}}"
+
+    return tabulate(
+        "Random features and targets: largest relative differences (Y⊥Y*ᵀ: norm over that of "
+        "YYᵀ), and shares of the draws in which an eigenvalue of Y*Y*ᵀ falls along the flow, "
+        "and in which the right side of Eq. (40) has a negative eigenvalue.",
+        range(len(found["betas"])),
+        {
+            "β": column("betas", "g"),
+            "Eq. (28)": column("gradient"),
+            "Eq. (33)": column("gradient_star"),
+            "Y⊥Y*ᵀ (zero in (39))": column("orthogonality"),
+            "(40), left side Y*Y*ᵀ": column("forty_star"),
+            "(40), left side YY*ᵀ": column("forty"),
+            "λ falls": column("falling", ".0%"),
+            "AB + BA indefinite": column("indefinite", ".0%"),
+        },
     )
 
 
