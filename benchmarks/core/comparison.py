@@ -99,7 +99,7 @@ class Comparison:
     ) -> Outcome:
         """The best hyperparameters by the last validation metric, then all seeds.
 
-        The search runs on the first seed from `start`, by default the problem's, unless candidates
+        The search is the tuner's, from `start`, by default the problem's, unless candidates
         are given. Raises MissingError if a run is missing and nothing may be trained.
         """
 

@@ -93,10 +93,10 @@ def make_problem(epochs: int, folder: Path) -> Problem:
 
 
 def tuner_of(optimizer: str, lam: float, num_seeds: int) -> Tuner:
-    """By factors of two from the start downhill; the best three rates on all seeds."""
+    """By factors of two from the start downhill, by the mean over all seeds."""
     rates = [START_RATES[optimizer] * 2.0**k for k in range(-5, 6)]
     penalties = {"lam": (lam,), "beta": (BETA,)}
-    return Tuner(descend, rates, penalties, num_finalists=3, num_seeds=num_seeds)
+    return Tuner(descend, rates, penalties, search_seeds=num_seeds)
 
 
 def result_of(
