@@ -1,12 +1,12 @@
 """Benchmarks of cfll: `python -m benchmarks --help`.
 
-On top of the library, through its public interface only. From top to bottom:
+On top of the library, through its public interface only. From bottom to top:
 
-* `experiments/`: one file per experiment; `results.py` replays them all into RESULTS.md.
-* `findings.py`, `summary.py`, `report.py`, `plots.py`: tables, claims and figures.
-* `comparison.py` (methods by batch size) and `sweep.py` (the quickstart's rows): tuning and runs.
-* `methods.py`, `optimizers.py`, `tuning.py`, `training.py`, `intervals.py`: one step, one search,
-  one loop, one interval.
-* `records.py`, `progress.py`, `runtime.py`: results on disk, bars, the process.
-* `data/` makes or reads the data sets, `models/` holds the backbones; neither knows the rest.
+* `core/`: from keys to records (`runner.py`), one loop (`training.py`), one tuner (`tuner.py`), one
+  step of every method (`methods.py`), and methods by batch size on a problem (`comparison.py`).
+* `reporting/`: claims, tables and figures; `results.py` replays all experiments into RESULTS.md.
+* `data/` makes or reads arrays, `models/` holds networks; neither knows the rest.
+* `tasks/`: data, network and length of a run, mostly as a `core.problem.Problem`.
+* `experiments/`: problem, rows, claims. One file each, found by itself: to add an experiment, add
+  a file with a tuple `EXPERIMENTS`. `tests/toy_experiment.py` is one.
 """

@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tyro.extras.subcommand_cli_from_dict(
             commands | {"results": results},
             prog="python -m benchmarks",
-            description="Experiments with closed-form last layers. See also: <command> --help.",
+            description="Experiments with closed-form last layers. Stop one when you like: "
+            "the same command goes on where it stopped. See also: <command> --help.",
             args=arguments,
         )
     except KeyboardInterrupt:

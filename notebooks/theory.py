@@ -19,7 +19,7 @@
 # formula holds only for $\beta = 0$, or an argument does not go through although its conclusion does.
 # It runs in under two minutes on two CPU cores.
 #
-# It needs a clone of the repository: the checks are in `benchmarks/experiments/theory.py`, one pure function
+# It needs a clone of the repository: the checks are in `benchmarks/experiments/theory/`, one pure function
 # each.
 
 # %%

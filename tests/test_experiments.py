@@ -253,7 +253,9 @@ def test_a_table_is_standardized_by_its_training_rows(tmp_path):
 
 def test_rules_runs_stops_and_resumes(tiny_burgers, tmp_path, monkeypatch, capsys):
     strengths = {"lam": (1.0, 100.0), "ratio": (0.1, 1.0)}
-    small = tuner.Tuner(partial(search, at_most=4), (0.01, 0.03), strengths, 3, 2)
+    small = tuner.JOINTLY._replace(
+        search=partial(search, at_most=4), rates=(0.01, 0.03), strengths=strengths
+    )
     monkeypatch.setattr(tuner, "JOINTLY", small)
     path = tmp_path / "rules.jsonl"
     lines = stop_and_resume(

@@ -79,7 +79,15 @@ def test_nothing_is_decided_without_runs(one, tmp_path):
         assert not found.figures
 
 
-def test_places_and_sections_are_apart():
+@pytest.mark.parametrize("name", dict.fromkeys(one.name for one in experiments.discover()))
+def test_every_command_explains_its_options(name, capsys):
+    with pytest.raises(SystemExit):
+        __main__.main([name, "--help"])
+    shown = capsys.readouterr().out
+    assert "--out" in shown
+    assert "folder of" in " ".join(shown.split())
+
+
+def test_sections_have_places_of_their_own():
     found = experiments.discover()
     assert len({one.place for one in found}) == len(found)
-    assert all(one.run.__doc__ for one in found)

@@ -27,6 +27,7 @@ from benchmarks.core.methods import (
     Method,
 )
 from benchmarks.core.search import best_of, descend, search
+from benchmarks.core.tuner import Tuner
 from benchmarks.reporting.intervals import half_interval
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -218,3 +219,23 @@ def test_the_joint_search_walks_out_of_divergence_and_stays_inside():
     assert best_of(search(cost, (9, 0), (10, 4))) == (1, 3)
     assert len(search(cost, (1, 3), (10, 4), at_most=5)) == 5
     assert set(search(lambda point: point[0], (1,), (3,))) == {(0,), (1,)}
+
+
+def test_the_tuner_searches_on_few_seeds_and_decides_on_more():
+    """Of seed 0 alone 4 is best, of both 2: found by a search on both, or among three finalists."""
+
+    def cost(values, seed):
+        calls.append((*values, seed))
+        return {1.0: (3, 9), 2.0: (2, 1), 4.0: (1, 8), 8.0: (5, 0)}[values[0]][seed]
+
+    grid = Tuner(descend, rates=(1.0, 2.0, 4.0, 8.0), strengths={})
+    for tuner, best in (
+        (grid, 4.0),
+        (grid._replace(search_seeds=2), 2.0),
+        (grid._replace(num_finalists=3, final_seeds=2), 2.0),
+    ):
+        calls = []
+        found = tuner.tune(cost, tuner.axes(None), [(2.1,)], (0, 1))
+        assert found.best == (best,)
+    assert sorted(rate for rate, seed in calls if seed == 1) == [1.0, 2.0, 4.0]
+    assert found.tried == {(2.0,): 2, (1.0,): 3, (4.0,): 1, (8.0,): 5}

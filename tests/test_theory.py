@@ -82,13 +82,6 @@ def test_commands_end_to_end(module, folder, monkeypatch):
         assert path.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("module", [theory, landscape])
-def test_nothing_is_decided_without_results(module, tmp_path):
-    summary = module.summarize(Records(tmp_path / "none.jsonl"), tmp_path, "paper")
-    assert all(claim.holds is None for claim in summary.claims)
-    assert not summary.figures
-
-
 def test_theorems_1_and_2(runs):
     for found in runs("envelope"):
         for differences in (found.ridge, found.prox, found.fixed):

@@ -1,7 +1,6 @@
 """Methods against each other at several batch sizes: tuning, training, records.
 
-Between `methods.py` and the experiments. A run's result depends on its key alone, so the same code
-that trains also reads finished runs back.
+A run's result depends on its key alone, so the same code that trains also reads finished runs back.
 """
 
 import itertools
@@ -100,7 +99,7 @@ class Comparison:
     ) -> Outcome:
         """The best hyperparameters by the last validation metric, then all seeds.
 
-        The search runs on the first seed from `start`, by default the problem's, unless candidates
+        The search is the tuner's, from `start`, by default the problem's, unless candidates
         are given. Raises MissingError if a run is missing and nothing may be trained.
         """
 
@@ -197,13 +196,12 @@ class Comparison:
             first_head = partial(methods.first_head, config.method, network.apply)
             state = jax.jit(first_head)(hyper_of(config, num_steps), state, first)
         self.runner.progress.start(config.label, num_steps)
+        measuring: dict[str, Any] = {}
+        if error:
+            marks = training.marks(num_steps, num_points)
+            measuring = {"error": partial(error, measure), "measure_at": marks}
         state, curve = training.train(
-            step,
-            state,
-            _with_following(batches),
-            error=partial(error, measure) if error else lambda state: 0.0,
-            measure_at=training.marks(num_steps, num_points) if error else set(),
-            on_step=self.runner.progress.step,
+            step, state, _with_following(batches), on_step=self.runner.progress.step, **measuring
         )
         return state, network, curve
 

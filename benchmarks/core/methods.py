@@ -1,7 +1,7 @@
 """The methods that the experiments compare: one training step each, for any network with a head.
 
-Above `optimizers.py`, below `comparison.py`. A network is what `cfll.flax.backbone` makes of a
-module with a dense layer called "head": its features come from there, its outputs are made here.
+A network is what `cfll.flax.backbone` makes of a module with a dense layer called "head": its
+features come from there, its outputs are made here.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,9 +1,10 @@
 """Optimizers that the benchmarks compare, each from one learning rate.
 
-Below the experiments: Optax only. All decay their rate to zero on a cosine.
+All decay their rate to zero on a cosine.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,28 +13,6 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
-
-
-def sgd(schedule: Schedule) -> optax.GradientTransformation:
-    """SGD with Nesterov's momentum, the optimizer of the paper."""
-    return optax.sgd(schedule, momentum=0.9, nesterov=True)
-
-
-def adam(schedule: Schedule) -> optax.GradientTransformation:
-    """Adam as it comes."""
-    return optax.adam(schedule)
-
-
-def muon(schedule: Schedule) -> optax.GradientTransformation:
-    """Muon on the stacks of matrices, Adam on the biases and on the output layer."""
-    return optax.contrib.muon(schedule, muon_weight_dimension_numbers=_matrices)
-
-
-OPTIMIZERS: Mapping[str, Callable[[Schedule], optax.GradientTransformation]] = {
-    "SGD": sgd,
-    "Adam": adam,
-    "Muon": muon,
-}
 
 
 def cosine_decay(rate: jax.typing.ArrayLike, num_steps: jax.typing.ArrayLike) -> Schedule:
@@ -60,3 +39,11 @@ def _matrices(params: Any) -> Any:
         return MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
 
     return jax.tree_util.tree_map_with_path(choose, params)
+
+
+OPTIMIZERS: Mapping[str, Callable[[Schedule], optax.GradientTransformation]] = {
+    "SGD": partial(optax.sgd, momentum=0.9, nesterov=True),  # the optimizer of the paper
+    "Adam": optax.adam,
+    # Muon on the stacks of matrices, Adam on the biases and on the output layer.
+    "Muon": partial(optax.contrib.muon, muon_weight_dimension_numbers=_matrices),
+}

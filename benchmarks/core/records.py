@@ -1,7 +1,7 @@
 """Results on disk: one JSON line per finished piece of work, keyed by all that determines it.
 
-Bottom of the benchmarks. An interrupted experiment goes on where it stopped, and a changed option
-never picks up an old result.
+An interrupted experiment goes on where it stopped, and a changed option never picks up an old
+result.
 """
 
 import datetime

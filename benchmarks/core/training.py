@@ -6,7 +6,7 @@ step on purpose: on CPU, XLA runs several kinds of layers much slower inside `la
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -40,8 +40,8 @@ def train(
     state: Any,
     data: Iterator[tuple[Any, Any]],
     *,
-    error: Callable[[Any], Any],
-    measure_at: set[int],
+    error: Callable[[Any], Any] = lambda state: 0.0,
+    measure_at: Collection[int] = (),
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> tuple[Any, Curve]:
     """Train until the data end or the loss is not finite: the last state and the curve.

@@ -7,6 +7,7 @@ the search, the grids, how many finalists.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +32,9 @@ class Tuner(NamedTuple):
     search: Callable[..., dict[Point, float]]
     rates: Sequence[float]  # the grid of learning rates
     strengths: Mapping[str, Sequence[float]]  # the grids of second hyperparameters, by name
-    num_finalists: int = 1  # how many of the best on the first seed run on further seeds
-    num_seeds: int = 1  # how many seeds then decide
+    search_seeds: int = 1  # how many seeds the search runs on; costs are means
+    num_finalists: int = 1  # how many of the best run on further seeds
+    final_seeds: int = 1  # how many seeds then decide
 
     def axes(self, *names: str | None) -> list[Sequence[float]]:
         """The grids of the rate and of these hyperparameters, if there are any."""
@@ -52,20 +54,19 @@ class Tuner(NamedTuple):
 
         @cache
         def first(point: Point) -> float:
-            return cost(at(point), seeds[0])
+            return fmean(cost(at(point), seed) for seed in seeds[: self.search_seeds])
 
         tried = {point: first(point) for point in (nearest(axes, start) for start in starts)}
         tried |= self.search(first, best_of(tried), [len(axis) for axis in axes])
         return self.choose({at(point): value for point, value in tried.items()}, cost, seeds)
 
     def choose(self, tried: dict[Values, float], cost: Cost, seeds: Sequence[int]) -> Tuned:
-        """Among those tried on the first seed, the best on several."""
-        some = seeds[: self.num_seeds]
-        sums = {
-            values: sum(cost(values, seed) for seed in some)
+        """Among those tried on the first seeds, the best on several."""
+        means = {
+            values: fmean(cost(values, seed) for seed in seeds[: self.final_seeds])
             for values in finalists(tried, self.num_finalists)
         }
-        return Tuned(best_of(sums), tried)
+        return Tuned(best_of(means), tried)
 
 
 def nearest(axes: Sequence[Sequence[float]], values: Values) -> Point:
@@ -93,5 +94,5 @@ JOINTLY = Tuner(
         "ratio": tuple(float(f"1e{k}") for k in range(-4, 4)),
     },
     num_finalists=3,
-    num_seeds=2,
+    final_seeds=2,
 )

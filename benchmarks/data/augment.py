@@ -1,7 +1,6 @@
 """RandAugment, mixup, cutmix and label smoothing, as NFNet-F0 is trained with.
 
-Bottom of the benchmarks: pixels and targets, nothing of training. Pure functions of their inputs
-and of a random generator.
+Pure functions of their inputs and of a random generator.
 
 The order is that of the reference: images are mixed first, then each mixed image goes through
 RandAugment, then pixels are normalized. All but the last is uint8, so that a quarter of the bytes

@@ -2,10 +2,9 @@
 
     u_t + (u^2 / 2)_x = nu u_xx,   x in [0, 2 pi) periodic,   t from 0 to 1,   nu = 0.1
 
-Bottom of the benchmarks: knows neither models nor cfll. With this viscosity the solution is smooth,
-so it is solved on a few hundred points and *evaluated* on the paper's 8192 points by its Fourier
-series, which is exact. Only the solver's grid is cached (8 MB). Where the user has the paper's own
-file, it is read instead.
+With this viscosity the solution is smooth, so it is solved on a few hundred points and *evaluated*
+on the paper's 8192 points by its Fourier series, which is exact. Only the solver's grid is cached
+(8 MB). Where the user has the paper's own file, it is read instead.
 
 Units: x in radians, u and t dimensionless.
 """

@@ -1,7 +1,6 @@
 """CIFAR-10 and CIFAR-100 from their official "python version" folders.
 
-Bottom of the benchmarks: NumPy only, knows neither models nor cfll. Images stay uint8 until a batch
-is made: augment it, then normalize it.
+Images stay uint8 until a batch is made: augment it, then normalize it.
 
 The official files are pickles, which can run code: read only those of the official archive.
 """

@@ -5,8 +5,8 @@
 The noise in the price and that in the sales correlate by rho, so a regression of sales on price is
 biased. The cost C moves only the price: (C, T, S) is the instrument.
 
-Bottom of the benchmarks: NumPy only, knows neither models nor cfll. Units: price and cost in
-dollars, time t in [0, 10] through the year, customer type s in 1 .. 7, sales in tickets.
+Units: price and cost in dollars, time t in [0, 10] through the year, customer type s in 1 .. 7,
+sales in tickets.
 """
 
 from typing import NamedTuple

@@ -5,8 +5,8 @@
 The vertical position moves both the image and the outcome, and is hidden. It is not in Z, so Z is
 an instrument: regression of Y on X is biased, two stages through Z are not.
 
-Bottom of the benchmarks: NumPy only, knows neither models nor cfll. The images are the official
-ones (`read_hearts`) or drawn here (`render_hearts`), behind one interface.
+The images are the official ones (`read_hearts`) or drawn here (`render_hearts`), behind one
+interface.
 
 Units: latents as in dSprites (scale .5 to 1, orientation in radians, positions 0 to 1); one unit of
 position is 32 pixels; outcomes are dimensionless.

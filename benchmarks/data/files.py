@@ -1,6 +1,6 @@
 """Files that the user provides: nothing is downloaded at run time.
 
-Bottom of the benchmarks: knows no data set. A loader says what it wants, this says what is missing.
+A loader says what it wants, this says what is missing.
 """
 
 from pathlib import Path

@@ -2,8 +2,8 @@
 
     train/<class>/*.JPEG        val/<class>/*.JPEG
 
-Bottom of the benchmarks: knows files and pixels, nothing of training. A class is numbered by the
-alphabetical rank of its folder under `train`, for ImageNet of its WordNet identifier.
+A class is numbered by the alphabetical rank of its folder under `train`, for ImageNet of its
+WordNet identifier.
 
 What is read depends on the seed, the epoch and the image's number alone, not on the threads: a
 resumed run sees the images that the interrupted one would have seen.
@@ -42,7 +42,7 @@ class Images(NamedTuple):
 class Splits(NamedTuple):
     """What a folder holds."""
 
-    train: Images  # train, val: the two official splits
+    train: Images  # the two official splits
     val: Images
     classes: list[str]  # names by number
 

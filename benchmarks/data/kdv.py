@@ -2,8 +2,8 @@
 
     u_t + 6 u u_x + u_xxx = -0.01 u_xxxx,   x in [0, 32) periodic,   t from 0 to 1
 
-Bottom of the benchmarks: knows neither models nor cfll. The small fourth-order term, exponax's
-default, keeps the sharpest waves on the grid. Generated in seconds, so nothing is cached.
+The small fourth-order term, exponax's default, keeps the sharpest waves on the grid. Generated in
+seconds, so nothing is cached.
 
 Units: all dimensionless.
 """

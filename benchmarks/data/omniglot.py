@@ -1,8 +1,7 @@
 """Omniglot: handwritten characters of many alphabets, few drawings of each; a real many-class set.
 
-Bottom of the benchmarks: NumPy and Pillow, knows neither models nor cfll. Reads the official
-archives as they are, or extracted. Every character was drawn by 20 people; drawings are split by
-drawer, so all classes occur in every part.
+Reads the official archives as they are, or extracted. Every character was drawn by 20 people;
+drawings are split by drawer, so all classes occur in every part.
 """
 
 import io

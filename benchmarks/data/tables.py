@@ -1,7 +1,7 @@
 """Two regression tables: california (houses, one target) and rf1 (a river's flow, eight targets).
 
-Bottom of the benchmarks: NumPy only, knows neither models nor cfll. Rows are split at random, so
-that training and test rows are alike (those of rf1 are hours of one river: neighbours in time).
+Rows are split at random, so that training and test rows are alike (those of rf1 are hours of one
+river: neighbours in time).
 """
 
 from pathlib import Path

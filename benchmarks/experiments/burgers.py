@@ -152,8 +152,7 @@ def burgers(
 ) -> None:
     """Figure 2: closed-form heads against gradient heads on Burgers' equation.
 
-    Stop it when you like; the same command goes on where it stopped. Two processes may share a
-    folder if they have different batch sizes.
+    Two processes may share a folder if they have different batch sizes.
 
     Args:
       preset: "cpu" for two cores and an hour, "paper" for the paper's own size on an accelerator.

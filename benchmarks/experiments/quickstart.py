@@ -93,10 +93,10 @@ def make_problem(epochs: int, folder: Path) -> Problem:
 
 
 def tuner_of(optimizer: str, lam: float, num_seeds: int) -> Tuner:
-    """By factors of two from the start downhill; the best three rates on all seeds."""
+    """By factors of two from the start downhill, by the mean over all seeds."""
     rates = [START_RATES[optimizer] * 2.0**k for k in range(-5, 6)]
     penalties = {"lam": (lam,), "beta": (BETA,)}
-    return Tuner(descend, rates, penalties, num_finalists=3, num_seeds=num_seeds)
+    return Tuner(descend, rates, penalties, search_seeds=num_seeds)
 
 
 def result_of(
@@ -246,7 +246,7 @@ def quickstart(
 
     Generates Burgers data, finds the best learning rate of every row on validation data and prints
     a table: test error, steps to the gradient head's error, time per step. Under five minutes on
-    two CPU cores. Stop it when you like; the same command goes on where it stopped.
+    two CPU cores.
 
     Args:
       epochs: passes over the 1448 training samples, the same for every row.

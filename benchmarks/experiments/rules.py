@@ -21,7 +21,7 @@ from benchmarks.core.timing import interleaved, training_step
 from benchmarks.core.training import first_at_or_below
 from benchmarks.core.tuner import Values
 from benchmarks.experiments import Experiment
-from benchmarks.reporting.comparisons import higher, level, lower, mean_and_interval
+from benchmarks.reporting.comparisons import compared, higher, level, lower, mean_and_interval
 from benchmarks.reporting.summary import Claim, Summary, Table, show
 from benchmarks.tasks import burgers, images, kdv, tables
 
@@ -221,18 +221,12 @@ def claims_of(task: Task, found: Found) -> list[Claim]:
     ]
     claims = []
     for sentence, head, other, holds in sentences[: 3 if classes else 2]:
-        verdicts, evidence = [], []
-        for row, left in found.items():
-            right = found.get(row._replace(head=other))
-            if row.head != head or right is None:
-                continue
-            verdicts.append(holds(left, right))
-            evidence.append(
-                f"{row.optimizer} {row.batch_size}: {left.final.mean():{digits}} against "
-                f"{right.final.mean():{digits}}{'' if verdicts[-1] else ' (no)'}"
-            )
-        decided = all(verdicts) if verdicts else None
-        claims.append(Claim(f"{task}: {sentence}", decided, "; ".join(evidence)))
+        pairs = {
+            f"{row.optimizer} {row.batch_size}": (outcome, found[row._replace(head=other)])
+            for row, outcome in found.items()
+            if row.head == head and row._replace(head=other) in found
+        }
+        claims.append(compared(f"{task}: {sentence}", pairs, holds, digits))
     return claims
 
 
@@ -323,8 +317,7 @@ def rules(
 ) -> None:
     """Which head to take: gradient heads of any ratio, a fixed penalty, one that tunes itself.
 
-    Stop it when you like; the same command goes on where it stopped. Two processes may share a
-    folder if they have different tasks.
+    Two processes may share a folder if they have different tasks.
 
     Args:
       task: what is learned.

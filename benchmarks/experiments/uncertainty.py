@@ -39,7 +39,7 @@ class Settings(NamedTuple):
 
     # Table -> passes over the training rows, about 5000 steps.
     epochs: tuple[tuple[TableName, int], ...] = (("california", 20), ("rf1", 60))
-    batch_size: int = 256  # batch_size, rate, lam, hidden: of the network; Adam, cosine decay
+    batch_size: int = 256  # from here to `hidden`: of the network; Adam, cosine decay
     rate: float = 1e-3
     lam: float = 10.0
     hidden: int = 256
@@ -161,9 +161,6 @@ def key_of(settings: Settings, table: TableName, seed: int) -> Record:
     return decides | {"seed": seed, "num_seeds": 0, "timed": ()}
 
 
-# What it costs ------------------------------------------------------------------------------------
-
-
 def costs(d: int, samples: int = 128, outputs: int = 8) -> Record:
     """Milliseconds, and megabytes that XLA asks for beside arguments."""
     rng, rows = np.random.default_rng(0), max(4 * d, 8 * samples)
@@ -200,9 +197,6 @@ def costs(d: int, samples: int = 128, outputs: int = 8) -> Record:
             state = state._replace(anchor=solution.head, rule_state=solution.rule_state)
         found[name] = measured(solve, *batches[0], state)
     return found
-
-
-# What the numbers say -----------------------------------------------------------------------------
 
 
 def summarize(records: Records, figures: Path, preset: str) -> Summary:
@@ -292,8 +286,7 @@ REASONS = (
 def uncertainty(data: Path | None = None, out: Path = Path("benchmarks/out/uncertainty")) -> None:
     """Coverage of 90 % intervals on california and rf1, and what they cost.
 
-    Stop it when you like; the same command goes on where it stopped. About five minutes on two CPU
-    cores. Without data, costs only.
+    About five minutes on two CPU cores. Without data, costs only.
 
     Args:
       data: folder of california.csv and rf1.csv.

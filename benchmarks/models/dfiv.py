@@ -1,7 +1,6 @@
 """Backbones of deep-feature instrumental variables (Appendix D), after Xu et al. (2020).
 
-Models of the benchmarks: Flax only, they know neither data nor cfll. They have no head: both heads
-are solved outside. `__call__(x, train)` returns the features.
+They have no head: both heads are solved outside. `__call__(x, train)` returns the features.
 
 Spectral norms and batch norms keep their state in the collection `batch_stats`: apply with
 `train=True, mutable=["batch_stats"]` to train, and with `train=False` to evaluate.

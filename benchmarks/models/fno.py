@@ -1,7 +1,7 @@
 """Fourier neural operator in one dimension, as a feature extractor with a linear head.
 
-A model of the benchmarks: Flax only, knows neither data nor cfll. The head acts on the features of
-every grid point, so all (sample, grid point) pairs are samples to the closed-form solve.
+The head acts on the features of every grid point, so all (sample, grid point) pairs are samples to
+the closed-form solve.
 
 Written to be fast on a few CPU cores, by measurement. Grid points lead inside the network: with 16
 modes on 256 points the transforms are then plain matrix products and beat the FFT. Pointwise layers

@@ -1,6 +1,6 @@
 """Multi-layer perceptron with layer norms, as a feature extractor with a linear head.
 
-A model of the benchmarks: Flax only, knows neither data nor cfll. No state.
+No state.
 """
 
 import flax.linen as nn

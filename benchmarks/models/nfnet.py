@@ -1,9 +1,9 @@
 """NFNet-F0 (Brock et al., 2021), as a feature extractor with a linear head.
 
-A model of the benchmarks: Flax only, knows neither data nor cfll. A residual network without batch
-normalization: kernels are standardized, the scale of every block's input is known in advance and
-divided out, and every residual branch starts at zero. Gradients have to be clipped adaptively
-(`optax.adaptive_grad_clip`) to train it at large batches; that is the experiment's business.
+A residual network without batch normalization: kernels are standardized, the scale of every block's
+input is known in advance and divided out, and every residual branch starts at zero. Gradients have
+to be clipped adaptively (`optax.adaptive_grad_clip`) to train it at large batches; that is the
+experiment's business.
 
 Parameters are float32. The backbone computes in `dtype`, bfloat16 by default; the mean over the
 image, and with it the features and the head, are float32: a closed-form solve needs the digits.

@@ -1,7 +1,6 @@
 """ResNet-18 for images of 32 x 32, as a feature extractor with a linear head.
 
-A model of the benchmarks: Flax only, knows neither data nor cfll. The variant usual on CIFAR: a
-3 x 3 stem of stride 1 and no max-pooling before the four stages.
+The variant usual on CIFAR: a 3 x 3 stem of stride 1 and no max-pooling before the four stages.
 
 Batch norms keep their averages in the collection `batch_stats`: apply with
 `train=True, mutable=["batch_stats"]` to train, and with `train=False` to evaluate.

@@ -1,6 +1,6 @@
 """Outcomes of a comparison as tables, figures and claims: what all its experiments share."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,17 +84,29 @@ def decide(
     pair: Pair, outcomes: Sequence[Outcome], batch_sizes: Sequence[int], digits: str = ".2e"
 ) -> Claim:
     """A pair as a claim, by the outcomes of a comparison at these batch sizes."""
-    verdicts, evidence = [], []
+    pairs = {}
     for batch_size in pair.batch_sizes or batch_sizes:
         left, right = (find(outcomes, method, batch_size) for method in (pair.one, pair.other))
         if left is None or right is None:
             return Claim(pair.sentence, None, f"runs at B = {batch_size} are missing")
-        verdicts.append(pair.better(left, right))
-        evidence.append(
-            f"B = {batch_size}: {left.final.mean():{digits}} against "
-            f"{right.final.mean():{digits}}{'' if verdicts[-1] else ' (no)'}"
-        )
-    return Claim(pair.sentence, all(verdicts), "; ".join(evidence))
+        pairs[f"B = {batch_size}"] = left, right
+    return compared(pair.sentence, pairs, pair.better, digits)
+
+
+def compared(
+    sentence: str,
+    pairs: Mapping[str, tuple[Outcome, Outcome]],
+    better: Callable[[Outcome, Outcome], bool],
+    digits: str,
+) -> Claim:
+    """A claim about two outcomes at every one of some places; not decided if there are none."""
+    verdicts = {place: better(*pair) for place, pair in pairs.items()}
+    evidence = (
+        f"{place}: {left.final.mean():{digits}} against {right.final.mean():{digits}}"
+        f"{'' if verdicts[place] else ' (no)'}"
+        for place, (left, right) in pairs.items()
+    )
+    return Claim(sentence, all(verdicts.values()) if pairs else None, "; ".join(evidence))
 
 
 def lower(left: Outcome, right: Outcome) -> bool:

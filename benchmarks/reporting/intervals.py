@@ -1,4 +1,4 @@
-"""Confidence intervals. Bottom of the benchmarks: numbers only."""
+"""Confidence intervals."""
 
 import numpy as np
 from scipy.special import stdtrit

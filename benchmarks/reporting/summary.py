@@ -3,13 +3,15 @@
 An experiment turns its records into a `Summary`; the terminal and RESULTS.md show the same one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
+
+Item = TypeVar("Item")
 
 
 class Claim(NamedTuple):
@@ -26,6 +28,14 @@ class Table(NamedTuple):
     caption: str  # what is in it, with units
     headings: tuple[str, ...]  # one per column
     rows: tuple[tuple[str, ...], ...]  # the cells, left to right
+
+
+def tabulate(
+    caption: str, items: Iterable[Item], columns: Mapping[str, Callable[[Item], str]]
+) -> Table:
+    """A row for each item, a column for each heading and what makes its cells."""
+    rows = tuple(tuple(cell(item) for cell in columns.values()) for item in items)
+    return Table(caption, tuple(columns), rows)
 
 
 class Summary(NamedTuple):

@@ -44,8 +44,6 @@ def dfiv(
 ) -> None:
     """Figure 3: deep-feature instrumental variables with proximal and with ridge heads.
 
-    Stop it when you like; the same command goes on where it stopped.
-
     Args:
       design: the data, "dsprites" or "demand".
       preset: "cpu" for two cores and an hour, "paper" for the paper's own size on an accelerator.

@@ -1,8 +1,7 @@
 """What the runs say about Figure 3 and about the cost of an update."""
 
+from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from benchmarks.core.records import Record
 from benchmarks.experiments.dfiv.runs import (
@@ -21,7 +20,7 @@ from benchmarks.experiments.dfiv.stage2 import PUBLISHED
 from benchmarks.reporting import plots
 from benchmarks.reporting.comparisons import mean_and_interval
 from benchmarks.reporting.intervals import half_interval
-from benchmarks.reporting.summary import Claim, Summary, Table
+from benchmarks.reporting.summary import Claim, Summary, Table, tabulate
 from benchmarks.tasks.dfiv import Design, Size
 
 Found = dict[tuple[str, int], Best]  # (method, batch size) -> its best
@@ -54,33 +53,24 @@ def summary_of(
 
 def error_table(found: Found) -> Table:
     """Errors and hyperparameters."""
-    rows = []
-    for (method, batch_size), best in sorted(found.items(), key=lambda item: item[0][1]):
-        rows.append(
-            (
-                f"{method}, B = {batch_size}",
-                mean_and_interval(best.last("refitted"), ".3g"),
-                mean_and_interval(best.last("current"), ".3g"),
-                mean_and_interval(best.last("refitted_on_sum"), ".3g"),
-                f"{best.config.rate:g}",
-                f"{best.config.penalty1:g}, {best.config.penalty2:g}",
-                f"{1e3 * best.seconds_per_round:.0f}",
-            )
-        )
-    return Table(
+
+    def errors(heads: str) -> Callable[[Best], str]:
+        return lambda best: mean_and_interval(best.last(heads), ".3g")
+
+    return tabulate(
         "Test MSE in squared units of the outcome, mean ± half the 95 % interval. Penalties: "
         "lam1, lam2 of proximal, beta1, beta2 of DFIV. A round: 20 updates of stage 1 and one "
         "of stage 2.",
-        (
-            "method",
-            "refitted",
-            "current",
-            "refitted, 0.01 on the sum",
-            "rate",
-            "penalties",
-            "ms per round",
-        ),
-        tuple(rows),
+        sorted(found.values(), key=lambda best: best.config.batch_size),
+        {
+            "method": lambda best: f"{best.config.method}, B = {best.config.batch_size}",
+            "refitted": errors("refitted"),
+            "current": errors("current"),
+            "refitted, 0.01 on the sum": errors("refitted_on_sum"),
+            "rate": lambda best: f"{best.config.rate:g}",
+            "penalties": lambda best: f"{best.config.penalty1:g}, {best.config.penalty2:g}",
+            "ms per round": lambda best: f"{1e3 * best.seconds_per_round:.0f}",
+        },
     )
 
 
@@ -142,67 +132,37 @@ def claims_of(found: Found, batch_sizes: tuple[int, ...], times: dict[int, Recor
     sizes = [b for b in batch_sizes if all((m, b) in found for m in (PROXIMAL, ORIGINAL))]
     if not sizes:
         return []
-    smallest, largest = min(sizes), max(batch_sizes)
+    smallest = min(sizes)
 
-    def pair(batch_size: int, name: str = PROXIMAL) -> tuple[np.ndarray, np.ndarray]:
-        proximal, original = (found[m, batch_size].last("refitted") for m in (name, ORIGINAL))
-        return proximal, original
+    def better(sentence: str, method: str, at: list[int], heads: str) -> Claim:
+        means = {b: [found[m, b].last(heads).mean() for m in (method, ORIGINAL)] for b in at}
+        return Claim(
+            sentence,
+            all(ours < theirs for ours, theirs in means.values()),
+            "; ".join(f"B = {b}: {x:.3g} against {y:.3g}" for b, (x, y) in means.items()),
+        )
 
-    small = pair(smallest)
-    large = pair(largest) if largest in sizes else None
-    gaps = {
-        b: abs(o.last("current").mean() / o.last("refitted").mean() - 1)
-        for b in sizes
-        for o in (found[PROXIMAL, b],)
-    }
     claims = [
-        Claim(
+        better(
             "For small batches our method outperforms DFIV (refitted heads, Section 6).",
-            bool(small[0].mean() < small[1].mean()),
-            f"B = {smallest}: {small[0].mean():.3g} against {small[1].mean():.3g}",
+            PROXIMAL,
+            [smallest],
+            "refitted",
         ),
-        Claim(
-            "It achieves a similar performance in a large batch regime: not worse beyond the 95 % "
-            "intervals (Section 6).",
-            bool(
-                large[0].mean()
-                <= large[1].mean() + half_interval(large[0]) + half_interval(large[1])
-            )
-            if large
-            else None,
-            f"B = {largest}: {large[0].mean():.3g} against {large[1].mean():.3g}"
-            if large
-            else f"runs at B = {largest} are missing",
-        ),
-        Claim(
-            "The current heads are very close to refitted ones, for proximal: within 10 % "
-            "(Section 6).",
-            all(gap <= 0.1 for gap in gaps.values()),
-            "; ".join(f"B = {b}: {100 * gap:.0f} %" for b, gap in gaps.items()),
-        ),
+        level_claim(found, max(batch_sizes)),
+        closeness_claim([found[PROXIMAL, b] for b in sizes]),
     ]
     if (PROXIMAL_1, smallest) in found:
-        tuned = pair(smallest, PROXIMAL_1)
-        claims.append(
-            Claim(
-                "With lam12 = 1 instead of the paper's 1e-4, proximal outperforms DFIV at the "
-                "smallest batch (ours).",
-                bool(tuned[0].mean() < tuned[1].mean()),
-                f"B = {smallest}: {tuned[0].mean():.3g} against {tuned[1].mean():.3g}",
-            )
+        sentence = (
+            "With lam12 = 1 instead of the paper's 1e-4, proximal outperforms DFIV at the "
+            "smallest batch (ours)."
         )
+        claims.append(better(sentence, PROXIMAL_1, [smallest], "refitted"))
     for name in (PROXIMAL, PROXIMAL_1):
         both = [b for b in sizes if (name, b) in found]
-        if not both:
-            continue
-        heads = {b: [found[m, b].last("current").mean() for m in (name, ORIGINAL)] for b in both}
-        claims.append(
-            Claim(
-                f"Evaluated with current heads, {name} outperforms {ORIGINAL} (ours).",
-                all(ours < theirs for ours, theirs in heads.values()),
-                "; ".join(f"B = {b}: {x:.3g} against {y:.3g}" for b, (x, y) in heads.items()),
-            )
-        )
+        if both:
+            sentence = f"Evaluated with current heads, {name} outperforms {ORIGINAL} (ours)."
+            claims.append(better(sentence, name, both, "current"))
     for name in (ORIGINAL, PUBLISHED):
         ratios = {b: record[name][1] / record[PROXIMAL][1] for b, record in times.items()}
         claims.append(
@@ -214,3 +174,30 @@ def claims_of(found: Found, batch_sizes: tuple[int, ...], times: dict[int, Recor
             )
         )
     return claims
+
+
+def level_claim(found: Found, largest: int) -> Claim:
+    """At the largest batch."""
+    sentence = (
+        "It achieves a similar performance in a large batch regime: not worse beyond the 95 % "
+        "intervals (Section 6)."
+    )
+    if any((method, largest) not in found for method in (PROXIMAL, ORIGINAL)):
+        return Claim(sentence, None, f"runs at B = {largest} are missing")
+    ours, theirs = (found[method, largest].last("refitted") for method in (PROXIMAL, ORIGINAL))
+    apart = half_interval(ours) + half_interval(theirs)
+    evidence = f"B = {largest}: {ours.mean():.3g} against {theirs.mean():.3g}"
+    return Claim(sentence, bool(ours.mean() <= theirs.mean() + apart), evidence)
+
+
+def closeness_claim(proximal: list[Best]) -> Claim:
+    """Of current heads to refitted ones."""
+    gaps = {
+        best.config.batch_size: abs(best.last("current").mean() / best.last("refitted").mean() - 1)
+        for best in proximal
+    }
+    return Claim(
+        "The current heads are very close to refitted ones, for proximal: within 10 % (Section 6).",
+        all(gap <= 0.1 for gap in gaps.values()),
+        "; ".join(f"B = {b}: {100 * gap:.0f} %" for b, gap in gaps.items()),
+    )

@@ -40,7 +40,7 @@ NUM_MEASUREMENTS = 15
 # more than one valley.
 STARTS = ((1e-3, 100.0, 100.0), (3e-3, 100.0, 1000.0), (3e-3, 10.0, 10.0))
 # One seed is noisy here: the best few are run on all seeds, and the best mean is taken.
-TUNER = tuner.BY_AXES._replace(num_finalists=3, num_seeds=3)
+TUNER = tuner.BY_AXES._replace(num_finalists=3, final_seeds=3)
 
 MEASURED = (
     "validation_refitted",

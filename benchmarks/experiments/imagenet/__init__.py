@@ -38,14 +38,13 @@ def imagenet(
 ) -> None:
     """Train NFNet-F0 on ImageNet with cross entropy, a squared loss and closed-form heads (Fig. 8).
 
-    Reads images from folders by class and prints a table of accuracies on the validation images.
-    Stop it when you like: the same command goes on from the last epoch.
+    Reads images from folders by class; goes on from the last epoch.
 
     Args:
       preset: "paper" for the sizes of the paper, "cpu" for a small network on small images.
       data: folder with train/<class>/*.JPEG and val/<class>/*.JPEG, the layout of ImageNet; sets of
         fewer classes in the same layout do as well.
-      out: folder for results, checkpoints and figures.
+      out: folder of results, checkpoints and figures.
       methods: rows of the table.
       rates: peak learning rates to try with every method, for a batch of 4096 images, e.g. the
         paper's 0.1 1 1.6 2 5; if none, the paper's best of each method.

@@ -19,7 +19,7 @@ from benchmarks.experiments.imagenet.recipe import (
     Plan,
 )
 from benchmarks.reporting import plots
-from benchmarks.reporting.summary import Claim, Summary, Table
+from benchmarks.reporting.summary import Claim, Summary, Table, tabulate
 
 
 def announce(records: Records, plan: Plan, configs: list[Config]) -> None:
@@ -103,22 +103,21 @@ def _is_figure_8(key: Record) -> bool:
 
 
 def _table(best: dict[str, tuple[Record, Record]]) -> Table:
-    def row(method: str, key: Record, record: Record) -> tuple[str, ...]:
-        seconds = record["seconds_per_step"]
-        return (
-            method,
-            _shown(record, "top1"),
-            _shown(record, "ema_top1"),
-            f"{seconds:.3g}" if seconds else "none",
-            f"{key['rate']:.4g}",
-        )
+    def seconds(run: tuple[Record, Record]) -> str:
+        return f"{run[1]['seconds_per_step']:.3g}" if run[1]["seconds_per_step"] else "none"
 
-    return Table(
-        caption="Top-1 accuracy on val at the end, of the parameters and of their moving average "
+    return tabulate(
+        "Top-1 accuracy on val at the end, of the parameters and of their moving average "
         "(EMA); median seconds per step, reading not included; the best peak rate of those tried, "
         f"for a batch of {REFERENCE_BATCH}.",
-        headings=("method", "top-1", "EMA top-1", "s/step", "rate"),
-        rows=tuple(row(method, *best[method]) for method in METHODS if method in best),
+        [best[method] for method in METHODS if method in best],
+        {
+            "method": lambda run: run[0]["method"],
+            "top-1": lambda run: _shown(run[1], "top1"),
+            "EMA top-1": lambda run: _shown(run[1], "ema_top1"),
+            "s/step": seconds,
+            "rate": lambda run: f"{run[0]['rate']:.4g}",
+        },
     )
 
 

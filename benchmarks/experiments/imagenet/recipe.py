@@ -44,7 +44,7 @@ class Preset(NamedTuple):
     """Sizes."""
 
     model: NFNet  # the network; its head has one output per class
-    train_size: int  # train_size, eval_size: of images, in pixels
+    train_size: int  # of images, in pixels; likewise `eval_size`
     eval_size: int
     batch_size: int  # images per step
     epochs: int  # passes over the training images
@@ -119,7 +119,7 @@ class Plan(NamedTuple):
 class TrainState(NamedTuple):
     """What a step carries."""
 
-    params: Any  # params, opt_state: as everywhere
+    params: Any  # as everywhere, and `opt_state`
     opt_state: Any
     ema: Any  # moving average of the parameters
     step: jax.Array  # number of steps taken, int32

@@ -1,7 +1,5 @@
 """Training from a folder of images, checkpointed after every epoch."""
 
-import math
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +12,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
+from benchmarks.core import training
 from benchmarks.core.progress import SweepProgress
 from benchmarks.core.records import Record, name_of
 from benchmarks.data import augment, image_folder
@@ -126,30 +125,24 @@ class Trainer:
         step = make_step(preset.model, config.method, tx, plan.seed)
         state = init_state(self._init(jax.random.key(plan.seed)), config.method, tx)
         state = jax.device_put(state, self._replicated)
-        curve = Curve(*np.full((3, preset.epochs), np.nan))
-        loss = 0.0
+        curve, diverged = Curve(*np.full((3, preset.epochs), np.nan)), False
         with checkpoints(self._out / "checkpoints" / name_of(plan.key(config))) as manager:
             state, curve, done = restore(manager, state, curve)
             progress.start(label_of(config, plan), plan.num_steps - done * plan.steps_per_epoch)
             for epoch in range(done, preset.epochs):
-                seconds = []
-                for images, targets in self._train_batches(epoch):
-                    batch = jax.device_put((images, targets), self._split)
-                    start = time.perf_counter()
-                    state, device_loss = step(state, *batch)
-                    loss = float(device_loss)  # waits for the step: dispatch is asynchronous
-                    seconds.append(time.perf_counter() - start)
-                    progress.step(loss)
-                    if not math.isfinite(loss):
-                        break
-                if not math.isfinite(loss):
+                state, part = training.train(
+                    step,
+                    state,
+                    self._train_batches(epoch),
+                    error=self._accuracies,
+                    measure_at={plan.steps_per_epoch},
+                    on_step=progress.step,
+                )
+                diverged = isinstance(part.errors[0], float)
+                if diverged:
                     break
-                measured = self._accuracies(state)
-                # The first step of a process compiles.
-                skipped = epoch == done and len(seconds) > 1
-                for values, value in zip(
-                    curve, (*measured, np.median(seconds[int(skipped) :])), strict=True
-                ):
+                measured = (*part.errors[0], part.seconds_per_step)
+                for values, value in zip(curve, measured, strict=True):
                     values[epoch] = value
                 save(manager, state, curve, epoch + 1)
         reached = int(np.isfinite(curve.top1).sum())
@@ -158,7 +151,7 @@ class Trainer:
             "top1": curve.top1[:reached].tolist(),
             "ema_top1": curve.ema_top1[:reached].tolist(),
             "seconds_per_step": float(np.median(curve.seconds[:reached])) if reached else None,
-            "diverged": not math.isfinite(loss),
+            "diverged": diverged,
         }
 
     def record(self, config: Config, progress: SweepProgress) -> Record:
@@ -175,7 +168,8 @@ class Trainer:
             epoch=epoch,
             workers=self._workers,
         )
-        return image_folder.prefetch(mixed_batches(batches, self._plan, epoch, self._workers))
+        mixed = mixed_batches(batches, self._plan, epoch, self._workers)
+        return self._on_devices(image_folder.prefetch(mixed))
 
     def _accuracies(self, state: TrainState) -> list[float]:
         batches = image_folder.eval_batches(
@@ -184,10 +178,11 @@ class Trainer:
             batch_size=self._plan.preset.batch_size,
             workers=self._workers,
         )
-        on_devices = (
-            jax.device_put(batch, self._split) for batch in image_folder.prefetch(batches)
-        )
-        return accuracies(self._count_correct, (state.params, state.ema), on_devices)
+        batches = self._on_devices(image_folder.prefetch(batches))
+        return accuracies(self._count_correct, (state.params, state.ema), batches)
+
+    def _on_devices(self, batches: Iterator[Batch]) -> Iterator[Any]:
+        return (jax.device_put(batch, self._split) for batch in batches)
 
 
 def label_of(config: Config, plan: Plan) -> str:

@@ -1,5 +1,6 @@
 """Errors of every solver, and their records."""
 
+import itertools
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -122,26 +123,14 @@ class Solved(NamedTuple):
 
 def read(records: Records, settings: Settings) -> list[Solved]:
     """All problems that have a record, in the order of `cases` and `SOLVERS`."""
+    unknown = {"head": np.inf, "predictions": np.inf, "rcond": np.nan, "system condition": np.inf}
     found = []
-    for case in cases(settings):
-        for solver in SOLVERS:
-            result = records.get(key_of(settings, case, solver))
-            for index in range(settings.num_seeds if result else 0):
-                assert result is not None
-                head, predictions, rcond, condition = (
-                    result[name][index]
-                    for name in ("head", "predictions", "rcond", "system condition")
-                )
-                found.append(
-                    Solved(
-                        case,
-                        index,
-                        solver,
-                        np.inf if head is None else head,
-                        np.inf if predictions is None else predictions,
-                        result["route"][index],
-                        np.nan if rcond is None else rcond,
-                        np.inf if condition is None else condition,
-                    )
-                )
+    for case, solver in itertools.product(cases(settings), SOLVERS):
+        result = records.get(key_of(settings, case, solver)) or {"route": []}
+        for seed, route in enumerate(result["route"]):
+            head, predictions, rcond, condition = (
+                missing if result[name][seed] is None else result[name][seed]
+                for name, missing in unknown.items()
+            )
+            found.append(Solved(case, seed, solver, head, predictions, route, rcond, condition))
     return found

@@ -1,12 +1,13 @@
 """Tables of the errors, and what they have in common with the claims."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from benchmarks.experiments.numerics.measure import SINGULAR, SOLVERS, Solved
 from benchmarks.experiments.numerics.problems import SPECTRUM, STRUCTURES, Settings, cases
-from benchmarks.reporting.summary import Table
+from benchmarks.reporting.summary import Table, tabulate
 
 
 def shown(error: float) -> str:
@@ -91,25 +92,22 @@ def structure_table(settings: Settings, solved: Sequence[Solved]) -> Table:
 
 def trust_table(settings: Settings, solved: Sequence[Solved]) -> Table:
     """What a caller who looks at `rcond` still has to reckon with."""
-    rows = []
-    for dtype in settings.dtypes:
-        for solver in SOLVERS:
-            here = [one for one in solved if (one.case.dtype, one.solver) == (dtype, solver)]
-            answered = [one for one in here if np.isfinite(one.head)]
-            head, predictions = worst(one for one in answered if not one.warned)
-            rows.append(
-                (
-                    f"{dtype}, {solver}",
-                    str(len(here)),
-                    str(len(here) - len(answered)),
-                    str(sum(one.warned for one in answered)),
-                    shown(head),
-                    shown(predictions),
-                )
-            )
-    return Table(
-        caption="All problems of this section. The last two columns: the largest relative errors "
+    groups = {
+        f"{dtype}, {solver}": [s for s in solved if (s.case.dtype, s.solver) == (dtype, solver)]
+        for dtype, solver in itertools.product(settings.dtypes, SOLVERS)
+    }
+    answered = {name: [s for s in some if np.isfinite(s.head)] for name, some in groups.items()}
+    silent = {name: worst(s for s in some if not s.warned) for name, some in answered.items()}
+    return tabulate(
+        "All problems of this section. The last two columns: the largest relative errors "
         "of which neither `rcond` nor a NaN warns.",
-        headings=("solver", "problems", "NaN", "warned", "head", "predictions"),
-        rows=tuple(rows) if solved else (),
+        groups if solved else (),
+        {
+            "solver": str,
+            "problems": lambda name: str(len(groups[name])),
+            "NaN": lambda name: str(len(groups[name]) - len(answered[name])),
+            "warned": lambda name: str(sum(s.warned for s in answered[name])),
+            "head": lambda name: shown(silent[name][0]),
+            "predictions": lambda name: shown(silent[name][1]),
+        },
     )

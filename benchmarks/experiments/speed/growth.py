@@ -1,6 +1,5 @@
 """How direct and iterative solves grow with n, d and o, and what fewer and rougher solves cost."""
 
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,15 +11,15 @@ import numpy as np
 import optax
 
 import cfll
-from benchmarks.core import methods
+from benchmarks.core import methods, training
 from benchmarks.core.methods import Batch
 from benchmarks.core.problem import network
 from benchmarks.core.records import Record
 from benchmarks.core.timing import interleaved
-from benchmarks.experiments.speed.ratios import BETA, ROUNDS, Rows, make_batch, ratio
+from benchmarks.experiments.speed.ratios import BETA, ROUNDS, Cell, Rows, make_batch, ratio
 from benchmarks.models.mlp import MLP
 from benchmarks.reporting import plots
-from benchmarks.reporting.summary import Table
+from benchmarks.reporting.summary import Table, tabulate
 
 AXES: Mapping[str, tuple[tuple[int, int, int], ...]] = {
     "d": tuple((4096, d, 10) for d in (64, 128, 256, 512, 1024, 2048, 4096, 8192)),
@@ -83,58 +82,51 @@ def sparing_case(name: str, num_steps: int = 600, width: int = 512, batch: int =
     rate = optax.cosine_decay_schedule(1e-3, num_steps)
     tx = cfll.closed_form(optax.adam(rate), SPARINGLY[name], methods.HEAD)
 
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, batch):
-        def loss_fn(params):
-            features, _ = backbone.apply(params, {}, batch.inputs, train=True)
-            return methods.l2_loss(cfll.get_head(params, methods.HEAD)(features), batch.targets)
+    @partial(jax.jit, donate_argnums=0)
+    def step(state, inputs, targets):
+        params, opt_state = state
 
-        grads = jax.grad(loss_fn)(params)
+        def feature_fn(params):
+            return backbone.apply(params, {}, inputs, train=True)[0]
+
+        def loss_fn(params):
+            return methods.l2_loss(cfll.get_head(params, methods.HEAD)(feature_fn(params)), targets)
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
         updates, opt_state = tx.update(
-            grads,
-            opt_state,
-            params,
-            targets=batch.targets,
-            feature_fn=lambda p: backbone.apply(p, {}, batch.inputs, train=True)[0],
+            grads, opt_state, params, targets=targets, feature_fn=feature_fn
         )
-        return optax.apply_updates(params, updates), opt_state
+        return (optax.apply_updates(params, updates), opt_state), loss
 
     params = jax.tree.map(jnp.asarray, backbone.params)
     params = cfll.set_head(params, methods.HEAD, cfll.LinearHead.zeros(width, 4))
-    opt_state = tx.init(params)
-    seconds = []
-    for count in range(num_steps):
-        chosen = rng.integers(0, len(train.inputs), batch)
-        start = time.perf_counter()
-        params, opt_state = step(params, opt_state, Batch(*(part[chosen] for part in train)))
-        jax.block_until_ready(params)
-        if count >= 2:
-            seconds.append(time.perf_counter() - start)
+    rows = (rng.integers(0, len(train.inputs), batch) for _ in range(num_steps))
+    batches = ((train.inputs[chosen], train.targets[chosen]) for chosen in rows)
+    (params, _), curve = training.train(step, (params, tx.init(params)), batches)
     features, _ = backbone.apply(params, {}, test.inputs, train=False)
     outputs = cfll.get_head(params, methods.HEAD)(features)
     error = float(jnp.mean(jnp.square(outputs - test.targets)) / np.var(test.targets))
-    return {"seconds": {name: seconds}, "error": error}
+    return {"seconds": {name: [curve.seconds_per_step]}, "error": error}
 
 
 def growth_table(rows: Rows) -> Table:
     """Where conjugate gradients overtake Cholesky."""
-    names = [f"cg, {tol:g}" for tol in CG_TOLERANCES]
-    return Table(
+
+    def cell(name: str) -> Cell:
+        return lambda row: (
+            f"{ratio(row[1], name, CHOLESKY)}, {row[1]['iterations'][name]}, "
+            f"{row[1]['difference'][name]:.0e}"
+        )
+
+    return tabulate(
         "Conjugate gradients (with their tolerance) from an anchor of zeros: time divided by that "
         "of the direct solve, iterations, relative difference of the predictions on the batch.",
-        ("(n, d, o)", "direct, ms", *names),
-        tuple(
-            (
-                str(tuple(key["shape"])),
-                f"{1e3 * np.median(record['seconds'][CHOLESKY]):.2f}",
-                *(
-                    f"{ratio(record, name, CHOLESKY)}, {record['iterations'][name]}, "
-                    f"{record['difference'][name]:.0e}"
-                    for name in names
-                ),
-            )
-            for key, record in rows
-        ),
+        rows,
+        {
+            "(n, d, o)": lambda row: str(tuple(row[0]["shape"])),
+            "direct, ms": lambda row: f"{1e3 * np.median(row[1]['seconds'][CHOLESKY]):.2f}",
+            **{name: cell(name) for name in (f"cg, {tol:g}" for tol in CG_TOLERANCES)},
+        },
     )
 
 
@@ -170,17 +162,14 @@ def growth_figure(rows: Rows, path: Path) -> list[Path]:
 
 def sparing_table(rows: Rows) -> Table:
     """What fewer and rougher solves cost and save."""
-    return Table(
+    return tabulate(
         "Training with fewer or rougher solves: 600 steps of Adam with Algorithm 1, 512 features, "
         "batch 256, on a teacher network's outputs; one seed. Test error as a share of the "
         "targets' variance.",
-        ("head solved", "ms per step", "test error"),
-        tuple(
-            (
-                key["name"],
-                f"{1e3 * np.median(record['seconds'][key['name']]):.1f}",
-                f"{record['error']:.2e}",
-            )
-            for key, record in rows
-        ),
+        rows,
+        {
+            "head solved": lambda row: row[0]["name"],
+            "ms per step": lambda row: f"{1e3 * np.median(*row[1]['seconds'].values()):.1f}",
+            "test error": lambda row: f"{row[1]['error']:.2e}",
+        },
     )

@@ -18,8 +18,8 @@ from threadpoolctl import threadpool_limits
 import cfll
 from benchmarks.core.records import Record
 from benchmarks.core.timing import interleaved
-from benchmarks.experiments.speed.ratios import BETA, ROUNDS, Rows, make_batch, ratio
-from benchmarks.reporting.summary import Claim, Table
+from benchmarks.experiments.speed.ratios import BETA, ROUNDS, Cell, Rows, make_batch, ratio
+from benchmarks.reporting.summary import Claim, Table, tabulate
 
 FLOOR, OURS, DISPATCH = "floor", "cfll", "an empty jitted call"
 PEERS = ("scikit-learn", "lineax", "PyTorch")
@@ -114,25 +114,18 @@ def kernel_table(rows: Rows) -> Table:
     """Shapes against floor and peers."""
     others = [p for p in PEERS if any(p in record["seconds"] for _, record in rows)]
 
-    def cells(key: Record, record: Record) -> tuple[str, ...]:
-        seconds = record["seconds"]
-        quotients = [ratio(record, OURS, other) for other in (FLOOR, *others)]
-        return (
-            str(tuple(key["shape"])),
-            f"{1e3 * np.median(seconds[FLOOR]):.2f}",
-            *(str(q) if q else "" for q in quotients),
-            f"{1e3 * np.median(seconds[DISPATCH]):.2f}",
-        )
+    def quotient(other: str) -> Cell:
+        return lambda row: str(ratio(row[1], OURS, other) or "")
 
-    return Table(
+    return tabulate(
         "Time of `ridge_solve` divided by that of each of the others (below one: ours is faster).",
-        (
-            "(n, d, o)",
-            "floor, ms",
-            *(f"to {other}" for other in (FLOOR, *others)),
-            "empty call, ms",
-        ),
-        tuple(cells(*row) for row in rows),
+        rows,
+        {
+            "(n, d, o)": lambda row: str(tuple(row[0]["shape"])),
+            "floor, ms": lambda row: f"{1e3 * np.median(row[1]['seconds'][FLOOR]):.2f}",
+            **{f"to {other}": quotient(other) for other in (FLOOR, *others)},
+            "empty call, ms": lambda row: f"{1e3 * np.median(row[1]['seconds'][DISPATCH]):.2f}",
+        },
     )
 
 

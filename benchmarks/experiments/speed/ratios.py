@@ -1,5 +1,6 @@
 """Quotients of times that were measured in turn, round by round."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ ROUNDS = 9
 BETA = 10.0  # and lam
 
 Rows = list[tuple[Record, Record]]  # keys and records
+Cell = Callable[[tuple[Record, Record]], str]
 
 
 class Ratio(NamedTuple):

@@ -22,11 +22,11 @@ from benchmarks.core.methods import (
 from benchmarks.core.problem import network
 from benchmarks.core.records import Record
 from benchmarks.core.timing import interleaved
-from benchmarks.experiments.speed.ratios import BETA, ROUNDS, Rows, ratio
+from benchmarks.experiments.speed.ratios import BETA, ROUNDS, Cell, Rows, ratio
 from benchmarks.models.fno import FNO1d
 from benchmarks.models.mlp import MLP
 from benchmarks.models.resnet import ResNet18
-from benchmarks.reporting.summary import Claim, Table
+from benchmarks.reporting.summary import Claim, Table, tabulate
 
 SGD = Method("SGD", GRADIENT)
 STEPS = (SGD, Method("SGD", PROXIMAL, EQUATION_17), Method("SGD", PROXIMAL, ALGORITHM_1))
@@ -102,9 +102,10 @@ def step_case(step: Step) -> Record:
     programs = {method.name: compiled(step, method) for method in STEPS}
     return {
         "seconds": interleaved({name: program.run for name, program in programs.items()}, ROUNDS),
-        "temp_bytes": {name: program.temp_bytes for name, program in programs.items()},
-        "trace_seconds": {name: program.trace_seconds for name, program in programs.items()},
-        "compile_seconds": {name: program.compile_seconds for name, program in programs.items()},
+        **{
+            field: {name: getattr(program, field) for name, program in programs.items()}
+            for field in ("temp_bytes", "trace_seconds", "compile_seconds")
+        },
     }
 
 
@@ -117,37 +118,39 @@ def head_sizes(step: Step) -> tuple[int, int, int]:
 
 def step_table(rows: Rows) -> Table:
     """Closed-form steps against SGD on all parameters."""
-    return Table(
+
+    def quotient(name: str) -> Cell:
+        return lambda row: str(ratio(row[1], name, SGD.name))
+
+    return tabulate(
         "Time of a training step divided by that of SGD on all parameters of the same network.",
-        ("", "SGD, ms", *(method.name for method in STEPS[1:])),
-        tuple(
-            (
-                key["name"],
-                f"{1e3 * np.median(record['seconds'][SGD.name]):.1f}",
-                *(str(ratio(record, method.name, SGD.name)) for method in STEPS[1:]),
-            )
-            for key, record in rows
-        ),
+        rows,
+        {
+            "": lambda row: row[0]["name"],
+            "SGD, ms": lambda row: f"{1e3 * np.median(row[1]['seconds'][SGD.name]):.1f}",
+            **{method.name: quotient(method.name) for method in STEPS[1:]},
+        },
     )
 
 
 def cost_table(rows: Rows) -> Table:
     """Memory and compilation."""
-    return Table(
+
+    def each(field: str, digits: str, scale: float = 1) -> Cell:
+        return lambda row: " / ".join(f"{row[1][field][m.name] / scale:{digits}}" for m in STEPS)
+
+    return tabulate(
         "What a compiled step needs besides arguments and results (XLA's own count), and the "
         "seconds to trace and to compile it: SGD, then Eq. (17), then Algorithm 1. Budget: SGD "
         "plus 3 (d² + d o) floats plus one copy of the features.",
-        ("", "MB", "budget, MB", "tracing, s", "compiling, s"),
-        tuple(
-            (
-                key["name"],
-                " / ".join(f"{record['temp_bytes'][m.name] / 1e6:.1f}" for m in STEPS),
-                f"{memory_budget(key['name'], record) / 1e6:.1f}",
-                " / ".join(f"{record['trace_seconds'][m.name]:.2f}" for m in STEPS),
-                " / ".join(f"{record['compile_seconds'][m.name]:.1f}" for m in STEPS),
-            )
-            for key, record in rows
-        ),
+        rows,
+        {
+            "": lambda row: row[0]["name"],
+            "MB": each("temp_bytes", ".1f", 1e6),
+            "budget, MB": lambda row: f"{memory_budget(row[0]['name'], row[1]) / 1e6:.1f}",
+            "tracing, s": each("trace_seconds", ".2f"),
+            "compiling, s": each("compile_seconds", ".1f"),
+        },
     )
 
 
@@ -160,36 +163,31 @@ def memory_budget(name: str, record: Record) -> float:
 def step_claims(rows: Rows) -> list[Claim]:
     """Limits for time, memory and tracing."""
 
-    def claim(sentence: str, value_of: Callable[[Record, Record], float], limit: float) -> Claim:
-        values = [(key["name"], value_of(key, record)) for key, record in rows]
+    def claim(sentence: str, value_of: Callable[[str, Record], float], limit: float) -> Claim:
+        values = [(key["name"], value_of(key["name"], record)) for key, record in rows]
         over = [f"{name}: {value:.2f}" for name, value in values if value > limit]
         return Claim(sentence, not over, "; ".join(over) or "everywhere")
 
-    def quotient(method: Method) -> Callable[[Record, Record], float]:
-        def value(key: Record, record: Record) -> float:
+    def quotient(method: Method) -> Callable[[str, Record], float]:
+        def median(name: str, record: Record) -> float:
             found = ratio(record, method.name, SGD.name)
             assert found is not None
             return found.median
 
-        return value
+        return median
 
+    def memory(name: str, record: Record) -> float:
+        used = max(record["temp_bytes"][m.name] for m in STEPS[1:])
+        return used / memory_budget(name, record)
+
+    def tracing(name: str, record: Record) -> float:
+        seconds = record["trace_seconds"]
+        return max(seconds[m.name] for m in STEPS[1:]) - seconds[SGD.name]
+
+    within = "A closed-form step stays within its memory budget (value: share of it)."
     return [
         claim("A step in Eq. (17) order takes at most 1.15 SGD steps.", quotient(STEPS[1]), 1.15),
         claim("A step of Algorithm 1 takes at most 1.4 SGD steps.", quotient(STEPS[2]), 1.4),
-        claim(
-            "A closed-form step stays within its memory budget (value: share of it).",
-            lambda key, record: (
-                max(record["temp_bytes"][m.name] for m in STEPS[1:])
-                / memory_budget(key["name"], record)
-            ),
-            1.0,
-        ),
-        claim(
-            "Tracing takes at most one second longer than SGD's.",
-            lambda key, record: (
-                max(record["trace_seconds"][m.name] for m in STEPS[1:])
-                - record["trace_seconds"][SGD.name]
-            ),
-            1.0,
-        ),
+        claim(within, memory, 1.0),
+        claim("Tracing takes at most one second longer than SGD's.", tracing, 1.0),
     ]

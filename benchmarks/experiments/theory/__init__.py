@@ -151,8 +151,7 @@ def setup_of(settings: Settings) -> str:
 def theory(preset: Preset = "cpu", out: Path = Path("benchmarks/out/theory")) -> None:
     """Check the paper's theorems and proofs numerically, in float64.
 
-    About two minutes on two CPU cores. Stop it when you like; the same command goes on with the
-    checks that are missing.
+    About two minutes on two CPU cores.
 
     Args:
       preset: "paper" draws more often and trains wider networks.

@@ -2,64 +2,62 @@
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.reporting.summary import Claim, Table
+from benchmarks.reporting.summary import Claim, Table, tabulate
 
 Runs = list[dict[str, np.ndarray]]  # of a check, read back
 
 
 def identities_table(found: dict[str, np.ndarray]) -> Table:
     """One row per beta."""
-    columns = {
-        "Eq. (28)": "gradient",
-        "Eq. (33)": "gradient_star",
-        "Y⊥Y*ᵀ (zero in (39))": "orthogonality",
-        "(40), left side Y*Y*ᵀ": "forty_star",
-        "(40), left side YY*ᵀ": "forty",
-        "λ falls": "falling",
-        "AB + BA indefinite": "indefinite",
-    }
-    shares = ("falling", "indefinite")
-    return Table(
-        caption=(
-            "Random features and targets: largest relative differences (Y⊥Y*ᵀ: norm over that of "
-            "YYᵀ), and shares of the draws in which an eigenvalue of Y*Y*ᵀ falls along the flow, "
-            "and in which the right side of Eq. (40) has a negative eigenvalue."
-        ),
-        headings=("β", *columns),
-        rows=tuple(
-            (
-                f"{beta:g}",
-                *(
-                    f"{found[name][i]:.0%}" if name in shares else f"{found[name][i]:.0e}"
-                    for name in columns.values()
-                ),
-            )
-            for i, beta in enumerate(found["betas"])
-        ),
+
+    def column(name: str, digits: str = ".0e") -> Callable[[int], str]:
+        return lambda index: f"{found[name][index]:{digits}}"
+
+    return tabulate(
+        "Random features and targets: largest relative differences (Y⊥Y*ᵀ: norm over that of "
+        "YYᵀ), and shares of the draws in which an eigenvalue of Y*Y*ᵀ falls along the flow, "
+        "and in which the right side of Eq. (40) has a negative eigenvalue.",
+        range(len(found["betas"])),
+        {
+            "β": column("betas", "g"),
+            "Eq. (28)": column("gradient"),
+            "Eq. (33)": column("gradient_star"),
+            "Y⊥Y*ᵀ (zero in (39))": column("orthogonality"),
+            "(40), left side Y*Y*ᵀ": column("forty_star"),
+            "(40), left side YY*ᵀ": column("forty"),
+            "λ falls": column("falling", ".0%"),
+            "AB + BA indefinite": column("indefinite", ".0%"),
+        },
     )
 
 
-class Sentence(NamedTuple):
-    """A sentence, the checks it needs, and how to decide it."""
+Decision = tuple[bool, str]  # whether it holds, and the figures
+# Sentences in their order: the checks that each needs, and how to decide it.
+SENTENCES: dict[str, tuple[tuple[str, ...], Callable[..., Decision]]] = {}
 
-    text: str
-    needs: tuple[str, ...]
-    decide: Callable[..., tuple[bool, str]]
+
+def sentence(text: str, *needs: str) -> Callable[[Callable[..., Decision]], Callable]:
+    """The function decides this sentence, from the runs of these checks."""
+
+    def keep(decide: Callable[..., Decision]) -> Callable[..., Decision]:
+        SENTENCES[text] = needs, decide
+        return decide
+
+    return keep
 
 
 def claims_of(results: dict[str, Runs]) -> list[Claim]:
     """Every sentence, decided by the checks that there are."""
     claims = []
-    for sentence in SENTENCES:
-        if all(name in results for name in sentence.needs):
-            holds, evidence = sentence.decide(*(results[name] for name in sentence.needs))
-            claims.append(Claim(sentence.text, bool(holds), evidence))
+    for text, (needs, decide) in SENTENCES.items():
+        if all(name in results for name in needs):
+            holds, evidence = decide(*(results[name] for name in needs))
+            claims.append(Claim(text, bool(holds), evidence))
         else:
-            claims.append(Claim(sentence.text, None, "not run"))
+            claims.append(Claim(text, None, "not run"))
     return claims
 
 
@@ -73,13 +71,12 @@ def well_posed(runs: Runs, name: str) -> float:
     return float(max(np.max(run[name][run["penalties"] >= 1]) for run in runs))
 
 
-def decide_ridge(runs: Runs) -> tuple[bool, str]:
-    """Theorem 1. What is left is the rounding of the library's head.
-
-    The gradient at a fixed head takes over the head's error. It is largest on the dual route with
-    more samples than features, which "auto" does not take; the explicit solve agrees with the qr
-    route to 1e-12 there.
-    """
+@sentence("Theorem 1: the gradient of L* is that of the loss at the fixed head W*.", "envelope")
+def _ridge(runs: Runs) -> Decision:
+    # What is left is the rounding of the library's head.
+    # The gradient at a fixed head takes over the head's error. It is largest on the dual route with
+    # more samples than features, which "auto" does not take; the explicit solve agrees with the qr
+    # route to 1e-12 there.
     worst, typical = worst_of(runs, "ridge"), well_posed(runs, "ridge")
     return typical < 1e-10 and worst < 1e-6, (
         f"largest relative difference {typical:.0e} to automatic differentiation through the "
@@ -88,8 +85,8 @@ def decide_ridge(runs: Runs) -> tuple[bool, str]:
     )
 
 
-def decide_prox(runs: Runs) -> tuple[bool, str]:
-    """Theorem 2."""
+@sentence("Theorem 2: the same for the proximal loss, without its penalty.", "envelope")
+def _prox(runs: Runs) -> Decision:
     names = ("prox", "fixed")
     worst = max(worst_of(runs, name) for name in names)
     typical = max(well_posed(runs, name) for name in names)
@@ -99,8 +96,8 @@ def decide_prox(runs: Runs) -> tuple[bool, str]:
     )
 
 
-def decide_convexity(runs: Runs) -> tuple[bool, str]:
-    """Theorem 3, first half."""
+@sentence("Theorem 3: L* is not convex in the features.", "convexity")
+def _convexity(runs: Runs) -> Decision:
     (run,) = runs
     excess = ", ".join(
         f"{e:.0%} (β = {b:g})" for e, b in zip(run["excess"], run["betas"], strict=True)
@@ -110,8 +107,8 @@ def decide_convexity(runs: Runs) -> tuple[bool, str]:
     )
 
 
-def decide_critical(runs: Runs) -> tuple[bool, str]:
-    """Theorem 3, second half."""
+@sentence("Theorem 3: there are critical points that are not minima, φ = 0 among them.", "critical")
+def _critical(runs: Runs) -> Decision:
     (run,) = runs
     gradient = max(run["orthogonal"].max(), run["zero"].max())
     return gradient < 1e-10 and bool(np.all(run["decrease"] > 0)), (
@@ -121,8 +118,12 @@ def decide_critical(runs: Runs) -> tuple[bool, str]:
     )
 
 
-def decide_minimizer(critical: Runs, convexity: Runs) -> tuple[bool, str]:
-    """Section 5 on minimizers, for beta > 0."""
+@sentence(
+    "Section 5: some critical points are minimizers that balance the fit and β.",
+    "critical",
+    "convexity",
+)
+def _minimizer(critical: Runs, convexity: Runs) -> Decision:
     (run,), (lines,) = critical, convexity
     falls = bool(np.all(np.diff(lines["scaled"], axis=1) < 0))
     return not falls, (
@@ -133,8 +134,8 @@ def decide_minimizer(critical: Runs, convexity: Runs) -> tuple[bool, str]:
     )
 
 
-def decide_gradient(runs: Runs) -> tuple[bool, str]:
-    """Eq. (33)."""
+@sentence("Eq. (33): ∇L* = -2 (ΦΦᵀ + βI)⁻¹ΦY*ᵀY⊥.", "identities")
+def _gradient(runs: Runs) -> Decision:
     (run,) = runs
     by_beta = ", ".join(
         f"{g:.0e} (β = {b:g})" for g, b in zip(run["gradient_star"], run["betas"], strict=True)
@@ -145,8 +146,8 @@ def decide_gradient(runs: Runs) -> tuple[bool, str]:
     )
 
 
-def decide_orientation(runs: Runs) -> tuple[bool, str]:
-    """Eq. (37)."""
+@sentence("Eq. (37): the tangent kernel acts as a d x d matrix on the features.", "width")
+def _orientation(runs: Runs) -> Decision:
     widest = runs[-1]
     left, right = widest["left"].mean(), widest["velocity"].mean()
     return left < right, (
@@ -155,8 +156,8 @@ def decide_orientation(runs: Runs) -> tuple[bool, str]:
     )
 
 
-def decide_flow(flows: Runs, starts: Runs) -> tuple[bool, str]:
-    """Theorem 4, its conclusion."""
+@sentence("Theorem 4: under kernel gradient flow, Y⊥ tends to zero.", "flow", "eigenvalues")
+def _flow(flows: Runs, starts: Runs) -> Decision:
     zero, *positive = flows
     tails = ", ".join(
         f"t^{run['slope']:.2f} to {run['perp'][-1]:.0e} while the features grow "
@@ -172,8 +173,8 @@ def decide_flow(flows: Runs, starts: Runs) -> tuple[bool, str]:
     )
 
 
-def decide_forty(runs: Runs, flows: Runs) -> tuple[bool, str]:
-    """Eq. (40) as it stands."""
+@sentence("Eq. (40): d(Y*Y*ᵀ)/dt = 2(AB + BA) along the flow.", "identities", "flow")
+def _forty(runs: Runs, flows: Runs) -> Decision:
     (run,) = runs
     off = ", ".join(
         f"{d:.0e} (β = {b:g})" for d, b in zip(run["forty_star"], run["betas"], strict=True)
@@ -185,8 +186,8 @@ def decide_forty(runs: Runs, flows: Runs) -> tuple[bool, str]:
     )
 
 
-def decide_forty_repaired(runs: Runs, flows: Runs) -> tuple[bool, str]:
-    """Eq. (40) for Y^T Y_star."""
+@sentence("Ours: for every β it holds with YY*ᵀ in place of Y*Y*ᵀ.", "identities", "flow")
+def _forty_repaired(runs: Runs, flows: Runs) -> Decision:
     (run,) = runs
     worst = max(run["forty"].max(), *(flow["forty"] for flow in flows))
     return worst < 1e-8 and run["conserved"].max() < 1e-8, (
@@ -196,8 +197,10 @@ def decide_forty_repaired(runs: Runs, flows: Runs) -> tuple[bool, str]:
     )
 
 
-def decide_monotone(runs: Runs, starts: Runs) -> tuple[bool, str]:
-    """The eigenvalues of Y_star^T Y_star."""
+@sentence(
+    "Appendix C.1: the positive eigenvalues of Y*Y*ᵀ never fall.", "identities", "eigenvalues"
+)
+def _monotone(runs: Runs, starts: Runs) -> Decision:
     (run,), (many,) = runs, starts
     share = np.mean(many["falls"] > 1e-3)
     count = len(many["falls"])
@@ -209,16 +212,16 @@ def decide_monotone(runs: Runs, starts: Runs) -> tuple[bool, str]:
     )
 
 
-def decide_monotone_single(runs: Runs) -> tuple[bool, str]:
-    """The same with one output."""
+@sentence("They do not with one output.", "identities")
+def _monotone_single(runs: Runs) -> Decision:
     (run,) = runs
     return bool(np.all(run["falling_single"] == 0)), (
         f"Y*Y*ᵀ, a number, falls in {run['falling_single'].max():.0%} of the draws, for every β"
     )
 
 
-def decide_saddle(runs: Runs) -> tuple[bool, str]:
-    """Critical points at beta = 0 are left."""
+@sentence("Ours: the flow leaves critical points that are not minima.", "critical")
+def _saddle(runs: Runs) -> Decision:
     (run,) = runs
     return bool(run["reached"] < 1e-3), (
         f"from 1e-3 beside a critical point with {run['partial_loss'][0]:.0%} of ||Y||² left, the "
@@ -226,8 +229,10 @@ def decide_saddle(runs: Runs) -> tuple[bool, str]:
     )
 
 
-def decide_width(runs: Runs) -> tuple[bool, str]:
-    """Finite networks follow the flow."""
+@sentence(
+    "Section 5: wide networks trained on L* follow the kernel flow, the wider the closer.", "width"
+)
+def _width(runs: Runs) -> Decision:
     means = [float(run["deviation"].mean()) for run in runs]
     widths = [int(run["width"]) for run in runs]
     falling = all(b < a for a, b in itertools.pairwise(means))
@@ -242,75 +247,15 @@ def decide_width(runs: Runs) -> tuple[bool, str]:
     )
 
 
-def decide_kalman(runs: Runs) -> tuple[bool, str]:
-    """Appendix A."""
+@sentence(
+    "Appendix A: the proximal step is a Kalman update with the covariance collapsed, λ = "
+    "variance of the targets over variance of a step of W.",
+    "kalman",
+)
+def _kalman(runs: Runs) -> Decision:
     (run,) = runs
     return run["difference"].max() < 1e-9, (
         f"largest relative difference {run['difference'].max():.0e} over {len(run['lams'])} "
         f"problems, λ from {run['lams'].min():.0e} to {run['lams'].max():.0e}; the collapse of the "
         f"covariance moves the head by {np.median(run['filtered']):.0%} (median) after five batches"
     )
-
-
-SENTENCES = (
-    Sentence(
-        "Theorem 1: the gradient of L* is that of the loss at the fixed head W*.",
-        ("envelope",),
-        decide_ridge,
-    ),
-    Sentence(
-        "Theorem 2: the same for the proximal loss, without its penalty.",
-        ("envelope",),
-        decide_prox,
-    ),
-    Sentence("Theorem 3: L* is not convex in the features.", ("convexity",), decide_convexity),
-    Sentence(
-        "Theorem 3: there are critical points that are not minima, φ = 0 among them.",
-        ("critical",),
-        decide_critical,
-    ),
-    Sentence(
-        "Section 5: some critical points are minimizers that balance the fit and β.",
-        ("critical", "convexity"),
-        decide_minimizer,
-    ),
-    Sentence("Eq. (33): ∇L* = -2 (ΦΦᵀ + βI)⁻¹ΦY*ᵀY⊥.", ("identities",), decide_gradient),
-    Sentence(
-        "Eq. (37): the tangent kernel acts as a d x d matrix on the features.",
-        ("width",),
-        decide_orientation,
-    ),
-    Sentence(
-        "Theorem 4: under kernel gradient flow, Y⊥ tends to zero.",
-        ("flow", "eigenvalues"),
-        decide_flow,
-    ),
-    Sentence(
-        "Eq. (40): d(Y*Y*ᵀ)/dt = 2(AB + BA) along the flow.", ("identities", "flow"), decide_forty
-    ),
-    Sentence(
-        "Ours: for every β it holds with YY*ᵀ in place of Y*Y*ᵀ.",
-        ("identities", "flow"),
-        decide_forty_repaired,
-    ),
-    Sentence(
-        "Appendix C.1: the positive eigenvalues of Y*Y*ᵀ never fall.",
-        ("identities", "eigenvalues"),
-        decide_monotone,
-    ),
-    Sentence("They do not with one output.", ("identities",), decide_monotone_single),
-    Sentence(
-        "Ours: the flow leaves critical points that are not minima.", ("critical",), decide_saddle
-    ),
-    Sentence(
-        "Section 5: wide networks trained on L* follow the kernel flow, the wider the closer.",
-        ("width",),
-        decide_width,
-    ),
-    Sentence(
-        "Appendix A: the proximal step is a Kalman update with the covariance collapsed, "
-        "λ = variance of the targets over variance of a step of W.",
-        ("kalman",),
-        decide_kalman,
-    ),
-)

@@ -2,27 +2,13 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import cfll
-from benchmarks.experiments.theory.settings import NUM_INPUTS, Array, in_float64, relative
-
-
-class Envelope(NamedTuple):
-    """Theorems 1 and 2 on one network, for several penalties."""
-
-    sizes: Array  # depth, width, d, o, n of the network and its batch
-    penalties: Array  # beta and lam, shape (p,)
-    # Relative difference of the gradients of theta, of `cfll.ridge_loss` against automatic
-    # differentiation through an explicit solve, (p,).
-    ridge: Array
-    prox: Array  # the same of `cfll.prox_loss`
-    # The same of ordinary backpropagation of Eq. (10) at the fixed proximal head, Eq. (16).
-    fixed: Array
+from benchmarks.experiments.theory.settings import NUM_INPUTS, Found, in_float64, relative
 
 
 def init_mlp(key: jax.Array, widths: Sequence[int]) -> list[tuple[jax.Array, jax.Array]]:
@@ -59,8 +45,8 @@ def batch_loss(features: jax.Array, targets: jax.Array, kernel: jax.Array) -> ja
 
 
 @in_float64
-def check_envelope(seed: int, penalties: tuple[float, ...] = (1e-4, 1e-2, 1.0, 100.0)) -> Envelope:
-    """Compare the gradients on a network whose sizes are drawn from the seed."""
+def check_envelope(seed: int, penalties: tuple[float, ...] = (1e-4, 1e-2, 1.0, 100.0)) -> Found:
+    """Theorems 1 and 2 on a network whose sizes are drawn from the seed, for several penalties."""
     rng = np.random.default_rng(seed)
     depth, width, d, o, n = (
         int(rng.integers(low, high)) for low, high in ((1, 4), (4, 65), (1, 33), (1, 6), (1, 65))
@@ -98,4 +84,13 @@ def check_envelope(seed: int, penalties: tuple[float, ...] = (1e-4, 1e-2, 1.0, 1
     ridge, prox, fixed = (
         jnp.stack(values) for values in zip(*map(differences, penalties), strict=True)
     )
-    return Envelope(np.array([depth, width, d, o, n]), np.array(penalties), ridge, prox, fixed)
+    return {
+        "sizes": (depth, width, d, o, n),
+        "penalties": penalties,  # beta and lam, (p,)
+        # Relative differences of the gradients of theta to automatic differentiation through an
+        # explicit solve, (p,): of `cfll.ridge_loss`, of `cfll.prox_loss`, and of ordinary
+        # backpropagation of Eq. (10) at the fixed proximal head, Eq. (16).
+        "ridge": ridge,
+        "prox": prox,
+        "fixed": fixed,
+    }

@@ -2,25 +2,13 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import cfll
-from benchmarks.experiments.theory.settings import Array, in_float64, relative
-
-
-class Kalman(NamedTuple):
-    """The proximal step against a textbook filter."""
-
-    lams: Array  # sigma_Y^2 / sigma_W^2, per problem
-    # Relative, of `cfll.prox_solve` to one measurement update with a collapsed prior.
-    difference: Array
-    # Relative distance of a run of proximal steps over batches to the Kalman filter that keeps its
-    # covariance: what Eq. (24) gives up.
-    filtered: Array
+from benchmarks.experiments.theory.settings import Found, in_float64, relative
 
 
 def measurement_update(
@@ -48,7 +36,7 @@ def check_kalman(
     num_problems: int,
     sizes: Sequence[tuple[int, int, int]] = ((1, 4, 3), (5, 7, 2), (12, 6, 1)),
     num_batches: int = 5,
-) -> Kalman:
+) -> Found:
     """Problems of several sizes (n, d, o) and random variances, from a random head."""
     rng = np.random.default_rng(seed)
     solve = jax.jit(partial(cfll.prox_solve, solver="primal"))
@@ -71,4 +59,10 @@ def check_kalman(
             )
             kernel = np.asarray(head.kernel)
         filtered.append(relative(kernel.reshape(-1), mean))
-    return Kalman(np.asarray(lams), jnp.stack(differences), jnp.stack(filtered))
+    return {
+        "lams": lams,  # sigma_Y^2 / sigma_W^2, per problem
+        # Of `cfll.prox_solve` to one measurement update with a collapsed prior.
+        "difference": jnp.stack(differences),
+        # Of a run of proximal steps to a filter that keeps its covariance: what Eq. (24) gives up.
+        "filtered": jnp.stack(filtered),
+    }

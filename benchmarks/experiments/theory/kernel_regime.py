@@ -1,7 +1,5 @@
 """Theorem 4 and its proof: the equations of Appendix C.1 pointwise and along flows."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,26 +15,7 @@ from benchmarks.experiments.theory.flow import (
     wide_kernels,
 )
 from benchmarks.experiments.theory.gradients import explicit_loss
-from benchmarks.experiments.theory.settings import NUM_TIMES, Array, in_float64, relative
-
-
-class Identities(NamedTuple):
-    """Eq. (33) and (40) at random features, per beta: largest relative differences, (b,)."""
-
-    betas: Array  # (b,)
-    gradient: Array  # of Eq. (28) against automatic differentiation
-    gradient_star: Array  # of Eq. (33), which has Y_star for Y
-    # Norm of Y_perp^T Y_star over that of Y^T Y; zero in the paper's Eq. (39).
-    orthogonality: Array
-    forty_star: Array  # of d(Y_star^T Y_star)/dt against 2 (A B + B A), as in Eq. (40)
-    forty: Array  # the same for d(Y^T Y_star)/dt
-    # Of d(Phi^T K^{-1} Phi)/dt against 4 beta W W^T; for beta = 0, where both are zero, over the
-    # norms of its factors.
-    conserved: Array
-    falling: Array  # share of the draws in which an eigenvalue of Y_star^T Y_star falls
-    falling_yy: Array  # the same for Y^T Y_star
-    falling_single: Array  # the same as `falling` with one output only
-    indefinite: Array  # share of the draws in which A B + B A has a negative eigenvalue
+from benchmarks.experiments.theory.settings import NUM_TIMES, Found, in_float64, relative
 
 
 def eigenvalue_rates(matrix: jax.Array, rate: jax.Array) -> jax.Array:
@@ -48,7 +27,7 @@ def eigenvalue_rates(matrix: jax.Array, rate: jax.Array) -> jax.Array:
 def identities_at(
     features: jax.Array, targets: jax.Array, ntk: jax.Array, beta: jax.Array
 ) -> dict[str, jax.Array]:
-    """Everything of `Identities` at one point."""
+    """Eq. (33) and (40) at one point: relative differences, and whether eigenvalues fall."""
     star, perp, kernel = split_targets(features, targets, beta)
     # Through the solve, not by the library's rule: that is Eq. (28) itself.
     start = jnp.zeros_like(kernel)
@@ -75,11 +54,14 @@ def identities_at(
     # For beta = 0 both sides are zero: over the product of the factors instead.
     factors = jnp.linalg.norm(features) * jnp.linalg.norm(jnp.linalg.solve(ntk, motion))
     return {
-        "gradient": relative(-2 * perp @ kernel.T, gradient),
+        "gradient": relative(-2 * perp @ kernel.T, gradient),  # Eq. (28)
+        # Eq. (33), which has Y_star for Y.
         "gradient_star": relative(-2 * perp @ (star.T @ features @ inverse), gradient),
+        # Zero in the paper's Eq. (39).
         "orthogonality": jnp.linalg.norm(perp.T @ star) / jnp.linalg.norm(targets.T @ targets),
-        "forty_star": relative(rates[0], forty),
-        "forty": relative(rates[1], forty),
+        "forty_star": relative(rates[0], forty),  # of d(Y_star^T Y_star)/dt, as in Eq. (40)
+        "forty": relative(rates[1], forty),  # of d(Y^T Y_star)/dt
+        # Of d(Phi^T K^{-1} Phi)/dt.
         "conserved": jnp.linalg.norm(rates[2] - growth)
         / jnp.where(beta > 0, jnp.linalg.norm(growth), factors),
         "falling": jnp.any(eigenvalue_rates(values[0], rates[0]) < 0),
@@ -90,7 +72,7 @@ def identities_at(
 
 
 @in_float64
-def check_identities(seed: int, betas: tuple[float, ...], num_draws: int) -> Identities:
+def check_identities(seed: int, betas: tuple[float, ...], num_draws: int) -> Found:
     """Draw features as an infinitely wide network has them and compare the equations."""
     kernels = wide_kernels(random_inputs(seed))
     root = jnp.linalg.cholesky(kernels.nngp)
@@ -104,25 +86,11 @@ def check_identities(seed: int, betas: tuple[float, ...], num_draws: int) -> Ide
 
     columns = [at(jnp.asarray(beta)) for beta in betas]
     stacked = {name: jnp.stack([column[name] for column in columns]) for name in columns[0]}
-    return Identities(np.asarray(betas), **stacked)
-
-
-class Flow(NamedTuple):
-    """Theorem 4: one kernel gradient flow."""
-
-    beta: Array  # ridge penalty
-    time: Array  # (t,)
-    perp: Array  # norm of Y_perp over that of Y, (t,)
-    loss: Array  # L_star over ||Y||^2, (t,)
-    size: Array  # norm of the features over that at the start, (t,)
-    eigenvalues: Array  # of Y^T Y_star over the largest of Y^T Y, smallest first, (t, o)
-    slope: Array  # d log(perp) / d log(time) over the last tenth of the times
-    forty: Array  # largest relative difference of d(Y^T Y_star)/dt and 2 (A B + B A) on the path
-    forty_star: Array  # the same for d(Y_star^T Y_star)/dt
+    return {"betas": betas, **stacked}
 
 
 @in_float64
-def check_flow(seed: int, beta: float, horizon: float) -> Flow:
+def check_flow(seed: int, beta: float, horizon: float) -> Found:
     """Flow from features of an infinitely wide network at initialization."""
     kernels = wide_kernels(random_inputs(seed))
     features, targets = draw(jax.random.key(seed), jnp.linalg.cholesky(kernels.nngp))
@@ -134,18 +102,21 @@ def check_flow(seed: int, beta: float, horizon: float) -> Flow:
     # Where nothing moves any more, the equation compares rounding errors.
     moving = perp > 1e-4
     last = -NUM_TIMES // 10
-    return Flow(
-        np.asarray(beta),
-        time,
-        perp,
-        loss=losses / total**2,
-        size=jnp.linalg.norm(path, axis=(1, 2)) / jnp.linalg.norm(features),
-        eigenvalues=jnp.linalg.eigvalsh(jnp.einsum("no,tnp->top", targets, parts.star))
-        / jnp.linalg.eigvalsh(targets.T @ targets)[-1],
-        slope=jnp.log(perp[-1] / perp[last]) / jnp.log(time[-1] / time[last]),
-        forty=jnp.max(jnp.where(moving, rates["forty"], 0)),
-        forty_star=jnp.max(jnp.where(moving, rates["forty_star"], 0)),
-    )
+    eigenvalues = jnp.linalg.eigvalsh(jnp.einsum("no,tnp->top", targets, parts.star))
+    return {
+        "beta": beta,
+        "time": time,  # (t,)
+        "perp": perp,  # norm of Y_perp over that of Y
+        "loss": losses / total**2,
+        # Norm of the features over that at the start.
+        "size": jnp.linalg.norm(path, axis=(1, 2)) / jnp.linalg.norm(features),
+        # Of Y^T Y_star over the largest of Y^T Y, smallest first, (t, o).
+        "eigenvalues": eigenvalues / jnp.linalg.eigvalsh(targets.T @ targets)[-1],
+        # d log(perp) / d log(time) over the last tenth of the times.
+        "slope": jnp.log(perp[-1] / perp[last]) / jnp.log(time[-1] / time[last]),
+        "forty": jnp.max(jnp.where(moving, rates["forty"], 0)),  # on the path
+        "forty_star": jnp.max(jnp.where(moving, rates["forty_star"], 0)),
+    }
 
 
 @jax.jit
@@ -162,20 +133,9 @@ def along(
     )(path)
 
 
-class Eigenvalues(NamedTuple):
-    """Theorem 4's argument: eigenvalues of Y_star^T Y_star along many flows, beta = 0."""
-
-    time: Array  # (t,)
-    # Largest fall of an eigenvalue below an earlier value of it, over that value, per flow.
-    falls: Array
-    perp: Array  # norm of Y_perp over that of Y at the end, per flow
-    # Eigenvalues of the flow with the largest fall, over its largest at the end, (t, o).
-    worst: Array
-
-
 @in_float64
-def check_eigenvalues(seed: int, num_starts: int, horizon: float) -> Eigenvalues:
-    """Flow from many initial features and targets."""
+def check_eigenvalues(seed: int, num_starts: int, horizon: float) -> Found:
+    """Theorem 4's argument: eigenvalues of Y_star^T Y_star along many flows, beta = 0."""
     kernels = wide_kernels(random_inputs(seed))
     root = jnp.linalg.cholesky(kernels.nngp)
     keys = jax.random.split(jax.random.key(seed + 2), num_starts)
@@ -193,4 +153,9 @@ def check_eigenvalues(seed: int, num_starts: int, horizon: float) -> Eigenvalues
     before = jax.lax.cummax(eigenvalues, axis=1)
     falls = jnp.max(1 - eigenvalues / before, axis=(1, 2))
     worst = eigenvalues[jnp.argmax(falls)]
-    return Eigenvalues(time, falls, perp, worst / worst[-1, -1])
+    return {
+        "time": time,  # (t,)
+        "falls": falls,  # largest below an earlier value, over that value, per flow
+        "perp": perp,  # norm of Y_perp over that of Y at the end, per flow
+        "worst": worst / worst[-1, -1],  # of the flow with the largest fall, (t, o)
+    }

@@ -1,7 +1,5 @@
 """Theorem 3: the loss is not convex in the features; critical points that are not minima."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,24 +10,13 @@ from benchmarks.experiments.theory.settings import (
     NUM_OUTPUTS,
     NUM_SAMPLES,
     NUM_TIMES,
-    Array,
+    Found,
     in_float64,
 )
 
 
-class Convexity(NamedTuple):
-    """Theorem 3: the loss along straight lines through function space."""
-
-    betas: Array  # (b,)
-    position: Array  # in [-1, 1], on the segment from -phi to phi, (m,)
-    segment: Array  # loss there over that of phi = 0, (b, m)
-    excess: Array  # loss at the midpoint minus that at the ends, over the latter, (b,)
-    scale: Array  # factors c, (m,)
-    scaled: Array  # loss of c phi over that of phi = 0, (b, m)
-
-
 @in_float64
-def check_convexity(seed: int, betas: tuple[float, ...], num_points: int = 81) -> Convexity:
+def check_convexity(seed: int, betas: tuple[float, ...], num_points: int = 81) -> Found:
     """Phi and -phi have the same loss, less than ||Y||^2, and phi = 0 between them has ||Y||^2.
 
     So every phi that the head can use at all refutes convexity, whatever beta > 0. The same lines
@@ -45,39 +32,24 @@ def check_convexity(seed: int, betas: tuple[float, ...], num_points: int = 81) -
 
     positive = jnp.asarray([beta for beta in betas if beta > 0])
     segment = jnp.stack([along(position, beta) for beta in positive])
-    return Convexity(
-        positive,
-        position,
-        segment,
-        excess=segment[:, num_points // 2] / segment[:, 0] - 1,
-        scale=scale,
-        scaled=jnp.stack([along(scale, beta) for beta in positive]),
-    )
-
-
-class Critical(NamedTuple):
-    """Theorem 3: critical points that are not minima. Losses are over ||Y||^2."""
-
-    betas: Array  # (b,)
-    zero: Array  # gradient norm at phi = 0, (b,)
-    # Gradient norm at features orthogonal to all outputs, over that at random features.
-    orthogonal: Array
-    orthogonal_loss: Array  # loss there
-    step: Array  # lengths of a step from there along a direction that is not orthogonal, (m,)
-    decrease: Array  # of the loss by that step, (b, m)
-    slope: Array  # exponent of the decrease in the step
-    # Gradient norm at features that span one of the two principal outputs, over that at random
-    # features. Critical for beta = 0, not for beta > 0.
-    partial: Array
-    partial_loss: Array  # loss there
-    # Norm of Y_perp over that of Y after a kernel flow with beta = 0 from a point near the last
-    # one, at distance 1e-3.
-    reached: Array
+    return {
+        "betas": positive,  # (b,)
+        "position": position,  # in [-1, 1], on the segment from -phi to phi, (m,)
+        "segment": segment,  # loss there over that of phi = 0, (b, m)
+        # Loss at the midpoint minus that at the ends, over the latter, (b,).
+        "excess": segment[:, num_points // 2] / segment[:, 0] - 1,
+        "scale": scale,  # factors c, (m,)
+        # Loss of c phi over that of phi = 0, (b, m).
+        "scaled": jnp.stack([along(scale, beta) for beta in positive]),
+    }
 
 
 @in_float64
-def check_critical(seed: int, betas: tuple[float, ...]) -> Critical:
-    """Look at phi = 0, at features orthogonal to the outputs, and at those attaining one of two."""
+def check_critical(seed: int, betas: tuple[float, ...]) -> Found:
+    """Theorem 3: critical points that are not minima. Losses are over ||Y||^2.
+
+    At phi = 0, at features orthogonal to the outputs, and at those attaining one of two.
+    """
     key = jax.random.key(seed)
     features, targets = draw(key, jnp.eye(NUM_SAMPLES))
     total = jnp.sum(jnp.square(targets))
@@ -115,18 +87,22 @@ def check_critical(seed: int, betas: tuple[float, ...]) -> Critical:
     flow = kernel_flow(
         near, targets, jnp.eye(NUM_SAMPLES), np.float64(0), jnp.linspace(0, 30, NUM_TIMES)
     )
-    return Critical(
-        np.asarray(betas),
-        zero=jnp.stack(
-            [jnp.linalg.norm(gradient(0 * features, targets, beta)) for beta in positive]
-        ),
-        orthogonal=norms(orthogonal),
-        orthogonal_loss=losses(orthogonal),
-        step=step,
-        decrease=decrease,
-        slope=jnp.log(decrease[:, 10] / decrease[:, 0]) / jnp.log(step[10] / step[0]),
-        partial=norms(partial_fit),
-        partial_loss=losses(partial_fit),
-        reached=jnp.linalg.norm(jax.jit(split_targets)(flow[-1], targets, 0.0).perp)
-        / jnp.sqrt(total),
-    )
+    unattained = jax.jit(split_targets)(flow[-1], targets, 0.0).perp
+    zero = [jnp.linalg.norm(gradient(0 * features, targets, beta)) for beta in positive]
+    return {
+        "betas": betas,  # (b,)
+        "zero": jnp.stack(zero),  # gradient norm at phi = 0
+        # Gradient norm at features orthogonal to all outputs, over that at random features.
+        "orthogonal": norms(orthogonal),
+        "orthogonal_loss": losses(orthogonal),
+        "step": step,  # lengths of a step from there in a direction that is not orthogonal, (m,)
+        "decrease": decrease,  # of the loss by that step, (b, m)
+        # Exponent of the decrease in the step.
+        "slope": jnp.log(decrease[:, 10] / decrease[:, 0]) / jnp.log(step[10] / step[0]),
+        # Gradient norm at features that span one of the two principal outputs, over that at random
+        # features. Critical for beta = 0, not for beta > 0.
+        "partial": norms(partial_fit),
+        "partial_loss": losses(partial_fit),
+        # ||Y_perp|| / ||Y|| after a kernel flow with beta = 0 from a distance of 1e-3 to that.
+        "reached": jnp.linalg.norm(unattained) / jnp.sqrt(total),
+    }

@@ -1,8 +1,9 @@
 """Sizes of everything, and float64."""
 
+from collections import namedtuple
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,7 @@ import numpy as np
 
 Preset = Literal["cpu", "paper"]
 P = ParamSpec("P")
-R = TypeVar("R")
-Array = jax.Array | np.ndarray
+Found = dict[str, Any]  # of a check
 
 
 class Settings(NamedTuple):
@@ -50,14 +50,17 @@ NUM_SAMPLES, NUM_FEATURES, NUM_OUTPUTS, NUM_INPUTS = 8, 4, 2, 3
 NUM_TIMES = 81  # of every flow: one shape, one compilation
 
 
-def in_float64(check: Callable[P, R]) -> Callable[P, R]:
-    """Run in float64 and return NumPy: outside, JAX would make float32 of it."""
+def in_float64(check: Callable[P, Found]) -> Callable[P, Any]:
+    """Run in float64, and return what was found as a named tuple of NumPy arrays.
+
+    Outside, JAX would make float32 of them.
+    """
 
     @wraps(check)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run(*args: P.args, **kwargs: P.kwargs) -> Any:
         with jax.enable_x64(True):
-            result: R = jax.tree.map(np.asarray, check(*args, **kwargs))
-            return result
+            found = {name: np.asarray(value) for name, value in check(*args, **kwargs).items()}
+        return namedtuple("Found", found)(**found)
 
     return run
 

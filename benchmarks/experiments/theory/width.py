@@ -1,7 +1,5 @@
 """Finite networks against the kernel flow."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,7 @@ from benchmarks.experiments.theory.settings import (
     NUM_FEATURES,
     NUM_INPUTS,
     NUM_TIMES,
-    Array,
+    Found,
     in_float64,
     relative,
 )
@@ -45,24 +43,10 @@ def smooth_targets(x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sin(2 * x[:, 0]), x[:, 1] * x[:, 2]], axis=1)
 
 
-class Wide(NamedTuple):
-    """Networks of one width against the kernel flow from the same initial features."""
-
-    width: Array  # hidden units
-    time: Array  # (t,)
-    net: Array  # norm of Y_perp over that of Y of the first network under gradient descent, (t,)
-    flow: Array  # the same of the kernel flow
-    deviation: Array  # largest relative distance of the features on the path, per network
-    # Relative distance of dPhi/dt at the start from Eq. (36) with the kernel of infinite width on
-    # the samples' side, per network.
-    velocity: Array
-    left: Array  # the same from the best d x d matrix on the features' side, as Eq. (37) has it
-
-
 @in_float64
 def check_width(
     seed: int, width: int, num_nets: int, num_steps: int, step_size: float, beta: float = 0.1
-) -> Wide:
+) -> Found:
     """Train with full batches on L_star, by `cfll.ridge_loss`, and follow the kernel flow."""
     x = random_inputs(seed)
     targets = smooth_targets(x)
@@ -108,11 +92,14 @@ def check_width(
         velocities.append(right)
         lefts.append(left)
         curves.append((perp(net), perp(flow)))
-    return Wide(
-        np.asarray(width),
-        time,
-        *curves[0],
-        jnp.stack(deviations),
-        jnp.stack(velocities),
-        jnp.stack(lefts),
-    )
+    return {
+        "width": width,
+        "time": time,  # (t,)
+        # Norm of Y_perp over that of Y, of the first network and of its kernel flow, (t,).
+        **dict(zip(("net", "flow"), curves[0], strict=True)),
+        "deviation": jnp.stack(deviations),  # largest relative distance on the path, per network
+        # Relative distance of dPhi/dt at the start from Eq. (36) with the kernel of infinite width
+        # on the samples' side, and from the best d x d matrix on the features', as in Eq. (37).
+        "velocity": jnp.stack(velocities),
+        "left": jnp.stack(lefts),
+    }
