@@ -39,6 +39,8 @@ BATCH_SIZES: Mapping[Task, tuple[int, ...]] = {
 GRADIENT_HEAD, FIXED, TUNED = "gradient, any ratio", "fixed lam", "self-tuned lam"
 CROSS_ENTROPY, SOFTMAX_HEAD = "cross entropy, any ratio", "softmax, fixed lam"
 CLASSIFIERS: tuple[Task, ...] = ("cifar10", "omniglot")
+# In the middle of the best rates of both, as trials found them; see `JOINTLY` for the search.
+CLASSIFIERS_START = {"SGD": 1.0, "Adam": 0.01, "Muon": 0.03}
 REGRESSION, CLASSIFICATION = 1.1, 0.02  # how far self-tuned may be from the best fixed
 RUNS_PER_ROW = 26  # about; what the progress bar expects
 
@@ -81,6 +83,8 @@ def tune(comparison: Comparison, row: Row, task: Task) -> Outcome:
     }
     method = methods.get(row.head, Method(row.optimizer, TWO_TIMESCALE, loss=loss, init="zeros"))
     rate, strength = comparison.problem.start(Method(row.optimizer, PROXIMAL))
+    if task in CLASSIFIERS:
+        rate = CLASSIFIERS_START[row.optimizer]
     if row.head in methods:
         return comparison.tune(method, row.batch_size, SEEDS, (rate, strength or 1.0))
     # Where a slow head was good in trials: in classification. Elsewhere the ordinary one.
