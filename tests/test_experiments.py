@@ -22,6 +22,7 @@ from benchmarks.experiments import (
     burgers,
     classification,
     dfiv,
+    ope,
     results,
     rules,
     uncertainty,
@@ -30,6 +31,7 @@ from benchmarks.methods import ALGORITHM_1, GRADIENT, PROXIMAL, RIDGE, Method
 from benchmarks.models.cnn import CNN
 from benchmarks.models.fno import FNO1d
 from benchmarks.records import Records
+from benchmarks.tasks import ope as ope_task
 from cfll import iv
 from tests.interrupted import stop_and_resume
 from tests.test_data import cifar_batch, omniglot_files, write_pickle
@@ -329,3 +331,29 @@ def test_published_stage_2_is_the_original(tiny_dfiv):
     start, _ = jax.flatten_util.ravel_pytree(state.treatment.params)
     # Of the step, all parameters together: biases before a batch norm move by rounding alone.
     assert np.linalg.norm(got - want) < 1e-3 * np.linalg.norm(want - start)
+
+
+def test_ope_runs_stops_and_resumes(monkeypatch, tmp_path, capsys):
+    size = ope_task.Size(
+        num_train=200,
+        num_held_out=40,
+        num_starts=5,
+        rounds=2,
+        stage1_steps=2,
+        batch_size=16,
+        widths=(4, 3),
+    )
+    tiny = ope.Settings(size, seeds=(0, 1), budget=2, num_finalists=1, episodes=20)
+    monkeypatch.setitem(ope.SETTINGS, "small", tiny)
+    path = tmp_path / "ope.jsonl"
+    lines = stop_and_resume(lambda: ope.ope(out=tmp_path), path, monkeypatch)
+    # The truth; per method two points, the better one on two seeds, by either kind of heads.
+    assert 1 + 3 * 3 <= len(lines) <= 1 + 3 * 3 + 2
+    assert "errs at most as much as fitted Q evaluation" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    found = ope.summarize(Records(path), tmp_path)
+    assert [claim.holds for claim in found.claims].count(None) == 0
+    assert len(found.tables[0].rows) == 6
+    missing = ope.summarize(Records(path), tmp_path, environment="mountain_car")
+    assert not missing.tables[0].rows

@@ -20,6 +20,7 @@ from benchmarks.experiments import (
     imagenet,
     landscape,
     numerics,
+    ope,
     speed,
     theory,
     uncertainty,
@@ -68,6 +69,10 @@ SECTIONS = (
     Section("numerics.jsonl", numerics.summarize),
     Section("bfloat16.jsonl", bfloat16.summarize),
     Section("uncertainty.jsonl", uncertainty.summarize),
+    *(
+        Section("ope.jsonl", partial(ope.summarize, environment=name), ("small",))
+        for name in get_args(ope.EnvironmentName)
+    ),
 )
 
 
