@@ -345,15 +345,17 @@ def test_ope_runs_stops_and_resumes(monkeypatch, tmp_path, capsys):
     )
     tiny = ope.Settings(size, seeds=(0, 1), budget=2, num_finalists=1, episodes=20)
     monkeypatch.setitem(ope.SETTINGS, "small", tiny)
+    variants = [variant for variant in ope.VARIANTS if variant[0] != ope.ORIGINAL]
+    monkeypatch.setattr(ope, "VARIANTS", variants)  # compiling takes nearly all of the time
     path = tmp_path / "ope.jsonl"
     lines = stop_and_resume(lambda: ope.ope(out=tmp_path), path, monkeypatch)
     # The truth; per method two points, the better one on two seeds, by either kind of heads.
-    assert 1 + 3 * 3 <= len(lines) <= 1 + 3 * 3 + 2
+    assert 1 + 2 * 3 <= len(lines) <= 1 + 2 * 3 + 1
     assert "errs at most as much as fitted Q evaluation" in " ".join(
         capsys.readouterr().out.split()
     )
     found = ope.summarize(Records(path), tmp_path)
-    assert [claim.holds for claim in found.claims].count(None) == 0
-    assert len(found.tables[0].rows) == 6
+    assert [claim.holds is None for claim in found.claims] == [False, True, False, True]
+    assert len(found.tables[0].rows) == 4
     missing = ope.summarize(Records(path), tmp_path, environment="mountain_car")
     assert not missing.tables[0].rows

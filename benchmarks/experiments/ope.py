@@ -58,8 +58,8 @@ class Settings(NamedTuple):
     """
 
     size: task.Size = task.Size()
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    budget: int = 11
+    seeds: tuple[int, ...] = (0, 1, 2)
+    budget: int = 9
     num_finalists: int = 2
     episodes: int = 20_000
 

@@ -27,7 +27,7 @@ from cfll import iv
 
 PROXIMAL, ORIGINAL, FQE = "DFIV proximal, Eq. (17)", "DFIV", "fitted Q evaluation"
 REFITTED, CURRENT = "refitted", "current"  # heads; those of FQE are current
-WIDTH = 0.5  # of the kernel, in units of scaled states
+WIDTH = 2.0  # of the kernel: about the median distance of two pairs, which are scaled
 
 
 class Size(NamedTuple):
@@ -44,7 +44,7 @@ class Size(NamedTuple):
     """
 
     num_train: int = 100_000
-    num_held_out: int = 4000
+    num_held_out: int = 10_000
     num_starts: int = 1000
     rounds: int = 300
     stage1_steps: int = 10
@@ -148,17 +148,15 @@ def run_dfiv(
     state, _ = jax.lax.scan(round_, state, jax.random.split(key, size.rounds))
     refitted = iv.refit(networks, state, [data], [data], size.refit_beta * len(train.reward))
 
-    def judged(head: Any) -> Any:
-        return judge(
-            lambda pairs: iv.predict(networks, state, ended(pairs), stage2=head), discount, problem
-        )
+    heads = {REFITTED: refitted.stage2, CURRENT: state.stage2.anchor}
 
+    def value(pairs: Any) -> jax.Array:
+        found = [iv.predict(networks, state, ended(pairs), stage2=head) for head in heads.values()]
+        return jnp.concatenate(found, axis=1)
+
+    judged = dict(zip(heads, judge(value, discount, problem), strict=True))
     skipped = state.stage1.info.skipped + state.stage2.info.skipped
-    return {
-        REFITTED: judged(refitted.stage2),
-        CURRENT: judged(state.stage2.anchor),
-        "skipped_heads": skipped,
-    }
+    return judged | {"skipped_heads": skipped}
 
 
 def run_fqe(
@@ -189,7 +187,7 @@ def run_fqe(
     params = {"psi": problem.psi, "head": jnp.zeros((size.widths[-1] + 1, 1))}
     carry: Any = (params, params, tx.init(params), 0)
     (params, *_), _ = jax.lax.scan(step, carry, jax.random.split(key, num_steps))
-    return {CURRENT: judge(partial(value, params), discount, problem)}
+    return {CURRENT: judge(partial(value, params), discount, problem)[0]}
 
 
 def cosine(rate: Any, num_steps: int) -> Callable[[Any], Any]:
@@ -197,22 +195,22 @@ def cosine(rate: Any, num_steps: int) -> Callable[[Any], Any]:
     return lambda count: rate * (1 + jnp.cos(jnp.pi * count / num_steps)) / 2
 
 
-def judge(value: Callable[[Any], jax.Array], discount: float, problem: Problem) -> Any:
-    """The policy's value, and what to select by.
+def judge(value: Callable[[Any], jax.Array], discount: float, problem: Problem) -> jax.Array:
+    """The policy's value, and what to select by: (k, 2) for the k columns that `value` returns.
 
     The kernel loss of Feng, Li and Liu (2019), as a U-statistic on held-out transitions: mean over
     two different ones of residual times kernel of the pairs (s, a) times residual. Zero in the mean
     for the true Q alone, of which it knows nothing, and the same number for every method.
     """
     start, held_out = problem.starts, problem.held_out
-    total = jnp.sum(value(start.pairs) * start.weights)
+    total = jnp.sum(value(start.pairs) * start.weights, axis=0)
     later = discount * held_out.continues * value(held_out.later)
-    residual = (held_out.reward + later - value(held_out.now))[:, 0]
+    residual = held_out.reward + later - value(held_out.now)
 
-    def row(pair: jax.Array) -> jax.Array:
-        kernel = jnp.exp(-jnp.sum((held_out.now - pair) ** 2, axis=1) / (2 * WIDTH**2))
-        return kernel @ residual
+    def weighted(pair: jax.Array) -> jax.Array:
+        distances = jnp.sum((held_out.now - pair) ** 2, axis=1)
+        return jnp.exp(-distances / (2 * WIDTH**2)) @ residual
 
     n = len(residual)
-    products = residual @ jax.lax.map(row, held_out.now, batch_size=256) - residual @ residual
-    return jnp.stack([total, products / (n * (n - 1))])
+    products = residual * (jax.lax.map(weighted, held_out.now, batch_size=100) - residual)
+    return jnp.stack([total, jnp.sum(products, axis=0) / (n * (n - 1))], axis=1)
