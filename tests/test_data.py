@@ -10,7 +10,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from benchmarks.data import burgers, cifar, demand, dsprites, omniglot
+from benchmarks.data import burgers, cifar, demand, dsprites, omniglot, ope
 
 HEARTS = dsprites.render_hearts()
 
@@ -143,6 +143,70 @@ def test_original_outcome(tmp_path):
     np.testing.assert_array_equal(outcome.confounder(np.array([0, 31])), [-16, 15])
     data = dsprites.make_iv(10, 0, HEARTS, outcome)
     assert data.test.structural.shape == (488, 1)
+
+
+# Offline policy evaluation ------------------------------------------------------------------------
+
+
+def test_cartpole_obeys_its_equations_of_motion():
+    """Newton's, implicit in the accelerations: of cart and pole along x, of the pole around it."""
+    states = np.random.default_rng(0).normal(size=(50, 4)) * [1, 1, 0.1, 1]
+    actions = np.arange(50) % 2
+    after, rewards, ended = ope.cartpole_step(states, actions)
+    (_, speed, angle, turning), rates = states.T, ((after - states) / 0.02).T
+    np.testing.assert_allclose(rates[0], speed)
+    np.testing.assert_allclose(rates[2], turning)
+    along = rates[3] * np.cos(angle) - turning**2 * np.sin(angle)
+    np.testing.assert_allclose(1.1 * rates[1] + 0.05 * along, np.where(actions == 1, 10, -10))
+    lever = rates[1] * np.cos(angle) + 0.5 * 4 / 3 * rates[3]
+    np.testing.assert_allclose(lever, 9.8 * np.sin(angle), atol=1e-12)
+    assert rewards.tolist() == [1] * 50
+    np.testing.assert_array_equal(ended, (abs(after[:, 0]) > 2.4) | (abs(after[:, 2]) > np.pi / 15))
+
+
+def test_mountain_car_rests_in_the_valley_stops_at_the_wall_and_ends_at_the_top():
+    valley = -np.pi / 6
+    states = np.array([[valley, 0], [valley, 0], [-1.19, -0.07], [0.49, 0.05], [-1.0, 0.07]])
+    after, rewards, ended = ope.mountain_car_step(states, np.array([1, 2, 0, 2, 2]))
+    np.testing.assert_allclose(after[:2], [[valley, 0], [valley + 0.001, 0.001]], atol=1e-12)
+    np.testing.assert_array_equal(after[2], [-1.2, 0])
+    assert after[4, 1] == 0.07
+    assert ended.tolist() == [False, False, False, True, False]
+    assert rewards.tolist() == [-1] * 5
+
+
+@pytest.mark.parametrize("name", ["cartpole", "mountain_car"])
+def test_transitions_are_those_of_the_behaviour_policy(name):
+    environment = ope.ENVIRONMENTS[name]
+    num_actions = environment.num_actions
+    rows = ope.make_transitions(name, 20_000, seed=0)
+    states, chosen = np.split(rows.now, [-num_actions], axis=1)
+    states = states * environment.scale + environment.center
+    target = environment.policy(states)
+    behaviour = 0.5 * target + 0.5 / num_actions
+    np.testing.assert_allclose(chosen.mean(0), behaviour.mean(0), atol=0.02)
+    likely = np.arange(num_actions) == target.argmax(1)[:, None]
+    np.testing.assert_allclose(chosen[likely].mean(), behaviour[likely].mean(), atol=0.02)
+    # The state that follows is that of the chosen action, but for the noise.
+    after, *_ = environment.step(states, chosen.argmax(1))
+    later, next_chosen = np.split(rows.later, [-num_actions], axis=1)
+    seen = later * environment.scale + environment.center
+    as_chosen = np.all(np.abs(seen - after) < 1e-4, axis=1).mean()
+    np.testing.assert_allclose(as_chosen, 1 - 0.2 * (1 - 1 / num_actions), atol=0.02)
+    np.testing.assert_allclose(next_chosen.mean(0), environment.policy(seen).mean(0), atol=0.02)
+    # Episodes follow one another: where one goes on, the next row starts at its next state.
+    goes_on = rows.continues[:-1, 0] == 1
+    same = np.all(later[:-1] == rows.now[1:, : later.shape[1]], axis=1)
+    assert same[goes_on].mean() > 0.99
+    assert not same[~goes_on].any()
+    np.testing.assert_allclose(ope.make_starts(name, 50, 0).weights.sum(), 1, rtol=1e-5)
+
+
+def test_returns_are_discounted_rewards():
+    cartpole = ope.returns("cartpole", 50, seed=1)
+    steps = np.log(1 - cartpole * 0.05) / np.log(0.95)  # 1 + .95 + ... of a whole number of steps
+    np.testing.assert_allclose(steps[cartpole < 15], np.round(steps[cartpole < 15]), atol=1e-6)
+    assert np.all(ope.returns("mountain_car", 50, uniform=1.0, seed=1) < -95)
 
 
 # Demand design ------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from benchmarks.experiments import (
     dfiv,
     discover,
     images,
+    ope,
     rules,
     sensitivity,
     uncertainty,
@@ -42,6 +43,7 @@ from benchmarks.reporting import results
 from benchmarks.tasks import burgers as burgers_task
 from benchmarks.tasks import dfiv as dfiv_task
 from benchmarks.tasks import images as images_task
+from benchmarks.tasks import ope as ope_task
 from cfll import iv
 from tests.interrupted import stop_and_resume
 from tests.test_data import cifar_batch, omniglot_files, write_pickle
@@ -349,3 +351,31 @@ def test_published_stage_2_is_the_original(tiny_dfiv):
     start, _ = jax.flatten_util.ravel_pytree(state.treatment.params)
     # Of the step, all parameters together: biases before a batch norm move by rounding alone.
     assert np.linalg.norm(got - want) < 1e-3 * np.linalg.norm(want - start)
+
+
+def test_ope_runs_stops_and_resumes(monkeypatch, tmp_path, capsys):
+    size = ope_task.Size(
+        num_train=200,
+        num_held_out=40,
+        num_starts=5,
+        rounds=2,
+        stage1_steps=2,
+        batch_size=16,
+        widths=(4, 3),
+    )
+    tiny = ope.Settings(size, seeds=(0, 1), budget=2, num_finalists=1, episodes=20)
+    monkeypatch.setitem(ope.SETTINGS, "small", tiny)
+    variants = [variant for variant in ope.VARIANTS if variant[0] != ope.ORIGINAL]
+    monkeypatch.setattr(ope, "VARIANTS", variants)  # compiling takes nearly all of the time
+    path = tmp_path / "ope.jsonl"
+    lines = stop_and_resume(lambda: ope.ope(out=tmp_path), path, monkeypatch)
+    # The truth; per method two points, the better one on two seeds, by either kind of heads.
+    assert 1 + 2 * 3 <= len(lines) <= 1 + 2 * 3 + 1
+    assert "errs at most as much as fitted Q evaluation" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    found = ope.summarize(Records(path), tmp_path, "small")
+    assert [claim.holds is None for claim in found.claims] == [False, True, False, True]
+    assert len(found.tables[0].rows) == 4
+    missing = ope.summarize(Records(path), tmp_path, "small", environment="mountain_car")
+    assert not missing.tables[0].rows

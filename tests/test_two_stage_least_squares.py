@@ -91,3 +91,44 @@ def test_wages_against_linearmodels(name, way):
     expected = np.append(expected.iloc[-1:], expected.iloc[:-1])
     got = coefficients(way, endogenous, exogenous, instruments, outcome)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_the_bellman_equation_by_instruments_is_solved_as_tables_solve_it():
+    """Offline policy evaluation: instrument s, treatment s and s', their features' difference."""
+    rng = np.random.default_rng(1)
+    discount, n = 0.9, 500
+    now = rng.integers(0, 3, n)
+    later = (now + rng.integers(0, 2, n)) % 3
+    rewards = now + rng.normal(size=n)
+
+    def difference(params, stats, inputs, *, train):
+        return inputs["now"] - discount * inputs["later"], stats
+
+    networks = iv.Networks(
+        treatment=iv.Backbone(difference, params={}), instrument=iv.Backbone(columns, params={})
+    )
+    one_hot = np.eye(3)
+    batch = iv.IVBatch(
+        instrument=one_hot[now],
+        treatment={"now": one_hot[now], "later": one_hot[later]},
+        outcome=rewards[:, None],
+    )
+    batch = jax.tree.map(jnp.asarray, batch)
+    still = {"treatment_optimizer": optax.sgd(0.0), "instrument_optimizer": optax.sgd(0.0)}
+    method = iv.proximal(networks, **still, lam1=1.0, lam2=1.0, use_bias=False)
+    state = method.init(batch)
+    head = iv.refit(networks, state, [batch], [batch], beta=VANISHING).stage2
+    # Where every state was seen, the two stages are the table of frequencies and mean rewards.
+    frequencies = np.array(
+        [np.bincount(later[now == s], minlength=3) / (now == s).sum() for s in range(3)]
+    )
+    mean_rewards = np.array([rewards[now == s].mean() for s in range(3)])
+    values = np.linalg.solve(np.eye(3) - discount * frequencies, mean_rewards)
+    np.testing.assert_allclose(head.kernel[:, 0], values, rtol=1e-6)
+    ended = {"now": jnp.asarray(one_hot), "later": jnp.zeros((3, 3))}
+    np.testing.assert_allclose(
+        iv.predict(networks, state, ended, stage2=head)[:, 0], values, rtol=1e-6
+    )
+    residuals = one_hot[now] - discount * one_hot[later]
+    naive = np.linalg.lstsq(residuals, rewards, rcond=None)[0]  # s' and the residual share noise
+    assert np.abs(naive - values).max() > 0.04 * np.abs(values).max()
