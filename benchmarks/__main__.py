@@ -20,6 +20,7 @@ def main() -> None:
     from benchmarks.experiments.imagenet import imagenet
     from benchmarks.experiments.landscape import landscape
     from benchmarks.experiments.numerics import numerics
+    from benchmarks.experiments.proxy import proxy
     from benchmarks.experiments.quickstart import quickstart
     from benchmarks.experiments.results import results
     from benchmarks.experiments.rules import rules
@@ -32,6 +33,7 @@ def main() -> None:
         "landscape": landscape,
         "burgers": burgers,
         "dfiv": dfiv,
+        "proxy": proxy,
         "cifar10": classification.cifar10,
         "cifar100": classification.cifar100,
         "sensitivity": classification.sensitivity,

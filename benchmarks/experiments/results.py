@@ -20,6 +20,7 @@ from benchmarks.experiments import (
     imagenet,
     landscape,
     numerics,
+    proxy,
     speed,
     theory,
     uncertainty,
@@ -55,6 +56,10 @@ SECTIONS = (
     *(
         Section("dfiv.jsonl", partial(dfiv.summarize, design=design))
         for design in get_args(dfiv.Design)
+    ),
+    *(
+        Section("proxy.jsonl", partial(proxy.summarize, design=design), ("cpu",))
+        for design in get_args(proxy.Design)
     ),
     Section("cifar10.jsonl", partial(classification.summarize, "cifar10", "cifar10")),
     *(
