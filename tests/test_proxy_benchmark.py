@@ -87,7 +87,7 @@ class TestCommand:
         assert "The median error of DFPV proximal is at or below that of KPV as published" in said
         found = proxy.summarize(Records(path), tmp_path, preset="cpu")
         assert [len(table.rows) for table in found.tables] == [8, 2]
-        assert len(found.claims) == 6
+        assert len(found.claims) == 7
         assert path.read_text().splitlines() == lines
         results.results(runs=tmp_path, out=tmp_path)
         assert "proxy --design demand --preset cpu" in (tmp_path / "RESULTS.md").read_text()
