@@ -59,7 +59,7 @@ class Size(NamedTuple):
 TUNING = tuple(range(100, 108))
 SIZES: dict[tuple[Design, Preset], Size] = {
     ("demand", "small"): Size((1000,), 100, TUNING[:5], tuple(range(5))),
-    ("demand", "cpu"): Size((1000, 5000, 10_000), 100, TUNING, tuple(range(20))),
+    ("demand", "cpu"): Size((1000, 5000, 10_000), 100, TUNING, tuple(range(9))),
     ("dsprites", "small"): Size((1000,), 20, TUNING[:3], tuple(range(3)), 0.125),
     ("dsprites", "cpu"): Size((1000, 5000), 20, TUNING[:3], tuple(range(5)), 0.25),
 }
@@ -282,7 +282,6 @@ def summarize(
     records: Records, figures: Path, preset: Preset = "cpu", design: Design = "demand"
 ) -> summary.Summary:
     """Tables and claims, from the records."""
-    del figures
     size, found = SIZES[design, preset], Runner(design, SIZES[design, preset], records).outcomes()
     sizes = [n for n in size.num_train if all((method, n) in found for method in METHODS)]
     published = data.PUBLISHED if design == "demand" and sizes else {}
@@ -308,7 +307,7 @@ def summarize(
     for name, theirs in published.items():
         others[f"{name} as published"] = {n: float(np.median(theirs[n])) for n in sizes}
     claims = [claim(PROXIMAL, other, theirs) for other, theirs in others.items()]
-    name, current = "DFPV as published", f"{PROXIMAL} with current heads"
+    current, name = f"{PROXIMAL} with current heads", "DFPV as published"
     medians |= {(current, n): float(np.median(found[PROXIMAL, n].errors[:, 0])) for n in sizes}
     for method in (current, *METHODS[1:]) if published else ():
         claims.append(claim(method, name, others[name]))
@@ -331,6 +330,7 @@ def summarize(
         tables=list(map(summary.Table, captions, [headings] * 2, map(tuple, (errors, chosen)))),
         claims=claims,
         figures=[],
+        reasons=data.REASONS if published else "",
     )
 
 
@@ -344,7 +344,7 @@ def proxy(
       preset: "small": minutes on two cores; "cpu": an hour.
       out: folder of finished runs.
     """
-    size, path = SIZES[design, preset], out / "proxy.jsonl"
-    with SweepProgress(console := Console(), 350 * len(size.num_train)) as progress:  # about
-        Runner(design, size, Records(path), progress).outcomes()
+    path, runs = out / "proxy.jsonl", 200 * len(SIZES[design, preset].num_train)  # about
+    with SweepProgress(console := Console(), runs) as progress:
+        Runner(design, SIZES[design, preset], Records(path), progress).outcomes()
     summary.show(console, summarize(Records(path), out, preset, design))
