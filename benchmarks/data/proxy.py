@@ -1,0 +1,162 @@
+"""Proxy variables (Xu et al., 2021): two designs whose confounder is seen in two proxies only.
+
+demand: a price and ticket sales, both moved by the hidden demand d; its proxies are two costs,
+which move the price, and the views of a page. With psi as in `demand.py`, xi noise of variance 1,
+
+    z = (2 sin(2 pi d / 10), 2 cos(2 pi d / 10)) + xi,   w = 7 psi(d) + 45 + xi,
+    a = 35 + (z_1 + 3) psi(d) + z_2 + xi,   y = a min(exp((w - a) / 10), 5) - 5 psi(d) + xi
+
+dsprites: a heart's image a, whose hidden vertical position moves the outcome, too; its proxies are
+z, scale, orientation and horizontal position, and w, another image at the same height:
+
+    y = f(a) (posY - 15.5)^2 / 85.25 + xi / 2,   posY = 0 .. 31, of mean factor 1
+
+Bottom of the benchmarks: NumPy only, knows neither models nor cfll.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.data import dsprites
+from benchmarks.data.demand import psi
+
+PRICES = np.linspace(10, 30, 10)
+TRUTH_SEED, TRUTH_DRAWS = 42, 10_000  # as published, so that errors are of the same truth
+FIXED_HEART = {"scale": 3, "orientation": 0, "posX": 16}  # classes of the outcome proxy
+
+SETUPS = {
+    "demand": "A price and its sales, as published; the truth at ten prices. No activation after "
+    "the last layer, as in the updated code.",
+    "dsprites": "Hearts rendered by us, the updated outcome (published errors are of another one), "
+    "hidden widths {:g} times the published ones.",
+}
+# Of demand at the preset "cpu".
+REASONS = (
+    "Reasons, as far as found. A search on three seeds follows luck: the proximal one spent its "
+    "points at rate 1e-2 (N = 1000), where settings err by 19 to 32 on those seeds and by 38 to 41 "
+    "on eight; the original one at 3e-4 (17 to 21, then 22 to 25). Errors at 1e-2 scatter most: "
+    "at N = 10,000 their logarithm has a standard deviation of 0.5 to 0.75 over the eight seeds, "
+    "and of 0.2 with rate 1e-3, lam1 = lam2 = 100, B = 64, standardized, and with the original's "
+    "choice. There proximal errs by 29 (geometric mean), with current heads and with refitted ones "
+    "alike, and by 28 at N = 5000: current heads lag where the rate is high."
+)
+# Lower quartile, median and upper quartile of 20 seeds (Kompa et al., 2022), or the median alone.
+PUBLISHED: dict[str, dict[int, tuple[float, ...]]] = {
+    "DFPV": {1000: (36, 41.8, 51), 5000: (45, 48.2, 55), 10_000: (36, 87, 535)},
+    "NMMR-U": {1000: (23.7,), 5000: (16.2,), 10_000: (14.3,)},
+    "KPV": {1000: (470,), 5000: (481,), 10_000: (471,)},
+    "2SLS": {1000: (82,), 5000: (82,), 10_000: (82,)},
+}
+
+
+class Train(NamedTuple):
+    """What is observed, all float32.
+
+    Attributes:
+      treatment: a, prices (n, 1) or noisy images (n, 4096).
+      treatment_proxy: z, costs (n, 2) or latent values (n, 3).
+      outcome_proxy: w, views (n, 1) or noisy images (n, 4096).
+      outcome: y, (n, 1).
+    """
+
+    treatment: np.ndarray
+    treatment_proxy: np.ndarray
+    outcome_proxy: np.ndarray
+    outcome: np.ndarray
+
+
+class Grid(NamedTuple):
+    """Treatments (n, ...) and the mean outcome f if they were set, (n, 1), float32."""
+
+    treatment: np.ndarray
+    structural: np.ndarray
+
+
+class ProxyData(NamedTuple):
+    """Observations to train on, and where the truth is known."""
+
+    train: Train
+    test: Grid
+
+
+class Standardized(NamedTuple):
+    """Data of mean 0 and standard deviation 1 in every column, and the way back.
+
+    Attributes:
+      data: the outcome, and f with it, in standard deviations of the observed outcome.
+      outcome_scale: that standard deviation.
+    """
+
+    data: ProxyData
+    outcome_scale: float
+
+
+def make_demand(num_train: int, seed: int) -> ProxyData:
+    """Draw observations; the truth at ten prices is the same for every seed."""
+    rng = np.random.default_rng(seed)
+    d = rng.uniform(0, 10, num_train)
+    noise = rng.standard_normal((5, num_train))
+    cost1 = 2 * np.sin(2 * np.pi * d / 10) + noise[0]
+    cost2 = 2 * np.cos(2 * np.pi * d / 10) + noise[1]
+    price = 35 + (cost1 + 3) * psi(d) + cost2 + noise[2]
+    views = _views(d, noise[3])
+    sales = _sales(price, views, d) + noise[4]
+    train = Train(_columns(price), _columns(cost1, cost2), _columns(views), _columns(sales))
+    return ProxyData(train, Grid(_columns(PRICES), _columns(_mean_sales())))
+
+
+def _views(d: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    return 7 * psi(d) + 45 + noise
+
+
+def _sales(price: np.ndarray, views: np.ndarray, d: np.ndarray) -> np.ndarray:
+    return price * np.minimum(np.exp((views - price) / 10), 5) - 5 * psi(d)
+
+
+def _mean_sales() -> np.ndarray:
+    """The truth at `PRICES`, by the mean over draws of demand and views."""
+    rng = np.random.default_rng(TRUTH_SEED)
+    d = rng.uniform(0, 10, TRUTH_DRAWS)
+    views = _views(d, rng.standard_normal(TRUTH_DRAWS))
+    return np.array([_sales(price, views, d).mean() for price in PRICES])
+
+
+def make_dsprites(num_train: int, seed: int, hearts: dsprites.Hearts) -> ProxyData:
+    """Draw observations of the updated outcome; the 588 test images are the same for every seed."""
+    rng = np.random.default_rng(seed)
+    classes = rng.integers(dsprites.CLASSES, size=(num_train, 4))
+    fixed = classes.copy()
+    fixed[:, :3] = tuple(FIXED_HEART.values())
+    treatment, outcome_proxy = (
+        hearts(each)
+        + dsprites.NOISE * rng.standard_normal((num_train, dsprites.PIXELS), np.float32)
+        for each in (classes, fixed)
+    )
+    factor = (classes[:, 3:] - 15.5) ** 2 / 85.25
+    outcome = dsprites.PAPER.structural(treatment) * factor + rng.normal(
+        scale=0.5, size=(num_train, 1)
+    )
+    proxy = dsprites.latent_values(classes)[:, :3]
+    arrays = (treatment, proxy, outcome_proxy, outcome)
+    images = hearts(dsprites.grid_classes())
+    grid = Grid(images, dsprites.PAPER.structural(images).astype(np.float32))
+    return ProxyData(Train(*(array.astype(np.float32) for array in arrays)), grid)
+
+
+def standardize(data: ProxyData) -> Standardized:
+    """Every column of the observations to mean 0 and standard deviation 1, the grid likewise."""
+    means = Train(*(array.mean(0, dtype=np.float64) for array in data.train))
+    scales = Train(*(array.std(0, dtype=np.float64) for array in data.train))
+
+    def scaled(array: np.ndarray, name: str) -> np.ndarray:
+        mean, scale = getattr(means, name), getattr(scales, name)
+        return ((array - mean) / scale).astype(np.float32)
+
+    train = Train(*map(scaled, data.train, Train._fields))
+    grid = Grid(scaled(data.test.treatment, "treatment"), scaled(data.test.structural, "outcome"))
+    return Standardized(ProxyData(train, grid), float(scales.outcome[0]))
+
+
+def _columns(*columns: np.ndarray) -> np.ndarray:
+    return np.stack(columns, axis=1).astype(np.float32)
