@@ -191,15 +191,14 @@ def summarize(
             values = np.array([run[heads][0] for run in runs], float)  # None: NaN
             error = errors[method, heads] = np.abs(values - target) / abs(target)
             row = (method, heads, f"{values.mean():.2f}", mean_and_interval(100 * error, ".1f"))
-            seconds = f"{np.median([run['seconds'] for run in runs]):.0f}"
-            rows.append((*row, f"{config.rate:g}, {config.second:g}", seconds))
+            rows.append((*row, f"{config.rate:g}, {config.second:g}"))
     except KeyError:
         pass  # runs are missing: what is there is shown
     value, _ = truth["behaviour"]
     target, standard_error = truth["target"]
     if rows:
         gap = f"{100 * abs(value - target) / abs(target):.1f}"
-        rows.append(("the behaviour policy itself", "", f"{value:.2f}", gap, "", ""))
+        rows.append(("the behaviour policy itself", "", f"{value:.2f}", gap, ""))
     settings = runner.settings
     size = settings.size
     return summary.Summary(
@@ -224,8 +223,8 @@ def summarize(
             summary.Table(
                 f"Estimates of the policy's value, {target:.2f} by roll-outs (standard error "
                 f"{standard_error:.2f}): mean over {len(settings.seeds)} seeds, mean error in % "
-                "of the truth ± half the 95 % interval, rate and second number, seconds of a run.",
-                ("method", "heads", "estimate", "error, %", "tuned", "seconds"),
+                "of the truth ± half the 95 % interval, rate and second number.",
+                ("method", "heads", "estimate", "error, %", "tuned"),
                 tuple(rows),
             ),
         ),
@@ -254,7 +253,20 @@ def claims_of(errors: dict[tuple[str, str], np.ndarray]) -> list[summary.Claim]:
     return claims
 
 
-REASONS: dict[str, str] = {}
+SMALL = (
+    "Reasons, as far as found: with refitted heads all three methods err by little more than their "
+    "intervals over seeds, and fitted Q evaluation has no first stage whose error could add to it. "
+)
+REASONS = {
+    "cartpole": SMALL
+    + (
+        "Current heads are too near zero on every seed: inside stage 2, W* is solved on one batch, "
+        "and noise in a regressor shrinks its coefficient. With batches of 1024 (one seed, rate "
+        "0.001, penalties 400) the current heads' estimate is 18.87, with batches of 64 it is "
+        "15.48 (penalties 25)."
+    ),
+    "mountain_car": SMALL,
+}
 
 
 def ope(
