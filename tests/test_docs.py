@@ -32,6 +32,28 @@ def test_readme_has_the_two_commands():
     assert 'python -m pip install -e ".[test]" && python -m pytest' in README
 
 
+def not_in_results(readme):
+    """Rows of tables in the README's section of figures, and numbers of its text, of no record."""
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    section = readme.split("## What it gives")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    text = "\n".join(line for line in section.splitlines() if not line.startswith("|"))
+    numbers = re.findall(r"(?<![\w.])\d*\.\d+", text)
+    known = set(re.findall(r"(?<![\w.])\d*\.\d+", results))
+    return [row for row in rows if row not in results] + [n for n in numbers if n not in known]
+
+
+def test_numbers_of_the_readme_are_those_of_the_results():
+    assert not_in_results(README) == []
+    section = README.index("## What it gives")
+    numbers = list(re.finditer(r"\d\.\d+", README[section : README.index("## Reference")]))
+    assert numbers
+    for number in numbers:  # each of them, edited, would be found
+        last = section + number.end() - 1
+        edited = README[:last] + str((int(README[last]) + 5) % 10) + README[last + 1 :]
+        assert not_in_results(edited)
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("notebooks/*.ipynb")))
 def test_notebooks_are_paired(name):
     script = jupytext.read(ROOT / "notebooks" / f"{name}.py")

@@ -236,11 +236,12 @@ def claims_of(task: Task, found: Found) -> list[Claim]:
 
 def glance_rows(task: Task, found: Found) -> list[tuple[str, ...]]:
     """A task's lines of the table for a decision: what each head does to the gradient head's."""
-    compared = {"fixed lam": (FIXED, GRADIENT_HEAD), "self-tuned": (TUNED, GRADIENT_HEAD)}
+    compared: dict[str, tuple[tuple[str, str], ...]] = {}
+    compared["lam fixed / self-tuned"] = ((FIXED, GRADIENT_HEAD), (TUNED, GRADIENT_HEAD))
     if task in CLASSIFIERS:
-        compared["softmax, fixed lam"] = (SOFTMAX_HEAD, CROSS_ENTROPY)
+        compared["softmax, lam fixed"] = ((SOFTMAX_HEAD, CROSS_ENTROPY),)
 
-    def cell(row: Row, other: str) -> str:
+    def change(row: Row, other: str) -> str:
         ours, theirs = found.get(row), found.get(row._replace(head=other))
         if ours is None or theirs is None:
             return ""
@@ -250,8 +251,13 @@ def glance_rows(task: Task, found: Found) -> list[tuple[str, ...]]:
 
     rows = []
     for batch_size in dict.fromkeys(row.batch_size for row in found):
-        for name, (head, other) in compared.items():
-            cells = [cell(Row(optimizer, head, batch_size), other) for optimizer in OPTIMIZERS]
+        for name, pairs in compared.items():
+            cells = [
+                " / ".join(
+                    filter(None, (change(Row(o, head, batch_size), other) for head, other in pairs))
+                )
+                for o in OPTIMIZERS
+            ]
             if any(cells):
                 rows.append((task, str(batch_size), name, *cells))
     return rows
