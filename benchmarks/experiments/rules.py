@@ -236,9 +236,9 @@ def claims_of(task: Task, found: Found) -> list[Claim]:
 
 def glance_rows(task: Task, found: Found) -> list[tuple[str, ...]]:
     """A task's lines of the table for a decision: what each head does to the gradient head's."""
-    compared = {"fixed lam": (FIXED, GRADIENT_HEAD), "self-tuned": (TUNED, GRADIENT_HEAD)}
+    columns = {"fixed lam": (FIXED, GRADIENT_HEAD), "self-tuned": (TUNED, GRADIENT_HEAD)}
     if task in CLASSIFIERS:
-        compared["softmax, fixed lam"] = (SOFTMAX_HEAD, CROSS_ENTROPY)
+        columns["softmax, fixed lam"] = (SOFTMAX_HEAD, CROSS_ENTROPY)
 
     def cell(row: Row, other: str) -> str:
         ours, theirs = found.get(row), found.get(row._replace(head=other))
@@ -250,7 +250,7 @@ def glance_rows(task: Task, found: Found) -> list[tuple[str, ...]]:
 
     rows = []
     for batch_size in dict.fromkeys(row.batch_size for row in found):
-        for name, (head, other) in compared.items():
+        for name, (head, other) in columns.items():
             cells = [cell(Row(optimizer, head, batch_size), other) for optimizer in OPTIMIZERS]
             if any(cells):
                 rows.append((task, str(batch_size), name, *cells))
