@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+import cfll
 from benchmarks.core import methods, problem, tuner
 from benchmarks.core.comparison import Comparison, Config
 from benchmarks.core.methods import ALGORITHM_1, GRADIENT, PROXIMAL, RIDGE, Method
@@ -45,6 +46,7 @@ from benchmarks.tasks import dfiv as dfiv_task
 from benchmarks.tasks import images as images_task
 from benchmarks.tasks import ope as ope_task
 from cfll import iv
+from cfll.rules.rule import initial_state
 from tests.interrupted import stop_and_resume
 from tests.test_data import cifar_batch, omniglot_files, write_pickle
 
@@ -264,10 +266,24 @@ def test_rules_runs_stops_and_resumes(tiny_burgers, tmp_path, monkeypatch, capsy
         lambda: rules.rules(optimizers=("SGD",), batch_sizes=(8,), out=tmp_path), path, monkeypatch
     )
     # Gradient heads from zero: 4 points, 2 more on the second seed, 3 more seeds of the best; from
-    # LeCun: 3 points, all on the second seed, 3 more; fixed; self-tuned: 2 rates; the times.
-    assert len(lines) == (4 + 3 + 3) + (3 + 3 + 3) + (4 + 3 + 3) + (2 + 2 + 3) + 1
+    # LeCun: 3 points, all on the second seed, 3 more; fixed; self-tuned: 2 rates; the times; two
+    # other starts of the self-tuned on three seeds.
+    assert len(lines) == (4 + 3 + 3) + (3 + 3 + 3) + (4 + 3 + 3) + (2 + 2 + 3) + 1 + 2 * 3
     said = " ".join(capsys.readouterr().out.split())
     assert "a fixed penalty is better than a gradient head of any ratio" in said
+    assert "from any start a self-tuned penalty is within 10 % of its own start" in said
+
+
+def test_a_self_tuned_penalty_starts_where_it_is_told():
+    head, rng = cfll.LinearHead.zeros(8, 1), np.random.default_rng(0)
+    features, targets = (rng.normal(size=(64, k)).astype(np.float32) for k in (8, 1))
+    for lam in (1e-3, 1e5):
+        rule = methods.adaptive_from(lam)
+        state = initial_state(rule, head)
+        assert state.rule_state.lam == np.float32(lam)
+        solution = rule.solve(features, targets, state)
+        # One step of the descent: a factor of exp(0.3 * 0.2 / sqrt(0.05)) at most.
+        assert 0.7 < solution.rule_state.lam / lam < 1.4
 
 
 def test_a_half_precision_backbone_keeps_parameters_and_head_in_float32():

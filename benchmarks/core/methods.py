@@ -20,12 +20,25 @@ HEAD = "head"
 
 GRADIENT, TWO_TIMESCALE = "gradient", "two-timescale"
 RIDGE, AVERAGE, PROXIMAL = "ridge", "average of ridge", "proximal"
-ADAPTIVE, SOFTMAX = "self-tuned", "softmax"
+ADAPTIVE, ADAPTIVE_FROM, SOFTMAX = "self-tuned", "self-tuned from a start", "softmax"
 ALGORITHM_1, ALGORITHM_2, EQUATION_17 = "Alg. 1", "Alg. 2", "Eq. (17)"
 
 OF_NETWORK = "network"  # an initialization
 
 AVERAGE_DECAY = 0.5  # of Barboni et al.
+
+
+def adaptive_from(lam: jax.typing.ArrayLike) -> cfll.Rule:
+    """`cfll.adaptive_prox` that starts at a lam instead of one that the first batch chooses."""
+    rule = cfll.adaptive_prox()
+
+    def init(anchor: cfll.LinearHead) -> Any:
+        state, dtype = rule.init(anchor), anchor.kernel.dtype
+        not_first = jnp.full((), jnp.finfo(dtype).tiny, dtype)
+        return state._replace(lam=jnp.asarray(lam, dtype), mean_square=not_first)
+
+    return rule._replace(init=init)
+
 
 # Of the heads in closed form; called with a method's strength.
 RULES: Mapping[str, Callable[..., cfll.Rule]] = {
@@ -33,11 +46,13 @@ RULES: Mapping[str, Callable[..., cfll.Rule]] = {
     AVERAGE: partial(cfll.averaged_ridge, decay=AVERAGE_DECAY),
     PROXIMAL: cfll.prox,
     ADAPTIVE: lambda strength: cfll.adaptive_prox(),
+    ADAPTIVE_FROM: adaptive_from,
     SOFTMAX: cfll.softmax,
 }
 
 STRENGTH_NAMES: Mapping[str, str] = {
     PROXIMAL: "lam",
+    ADAPTIVE_FROM: "lam",
     SOFTMAX: "lam",
     RIDGE: "beta",
     AVERAGE: "beta",

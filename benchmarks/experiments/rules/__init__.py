@@ -1,0 +1,114 @@
+"""rules: which head to take, the best gradient head, a fixed penalty or one that tunes itself.
+
+Every row is tuned jointly with the same budget.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import get_args
+
+from benchmarks.core import tuner
+from benchmarks.core.comparison import Comparison
+from benchmarks.core.records import Records
+from benchmarks.core.runner import Runner, running
+from benchmarks.experiments import Experiment
+from benchmarks.experiments.rules.page import (
+    GLANCE,
+    claims_of,
+    glance_rows,
+    started_part,
+    task_table,
+    tuned_table,
+)
+from benchmarks.experiments.rules.rows import (
+    BATCH_SIZES,
+    OPTIMIZERS,
+    Task,
+    compare,
+    heads_of,
+    make_problem,
+    seconds_of,
+    started,
+)
+from benchmarks.reporting.summary import Claim, Summary, Table, show
+
+RUNS_PER_ROW = 26  # about; what the progress bar expects
+Part = tuple[list[Table], list[Claim], list[tuple[str, ...]]]
+
+
+def part_of(
+    task: Task, comparison: Comparison, batch_sizes: tuple[int, ...], optimizers: tuple[str, ...]
+) -> Part | None:
+    """What is found of a task; nothing if there is nothing."""
+    found = compare(comparison, task, batch_sizes, optimizers)
+    numbers = task_table(task, comparison.problem, found, seconds_of(comparison, found))
+    if not found:
+        return None
+    tables, claims = started_part(task, found, started(comparison, found))
+    tables = [numbers, tuned_table(task, found), *tables]
+    return tables, claims_of(task, found) + claims, glance_rows(task, found)
+
+
+def summarize(records: Records, figures: Path, preset: str) -> Summary:
+    """The page for a decision, of all tasks that were run."""
+    parts = []
+    for task in get_args(Task):
+        problem, runner = make_problem(task, None, Path()), Runner(records, make=False)
+        comparison = Comparison(problem, runner, tuner.JOINTLY)
+        parts.append(part_of(task, comparison, BATCH_SIZES[task], OPTIMIZERS))
+    return page(filter(None, parts))
+
+
+def page(parts: Iterable[Part]) -> Summary:
+    """Tables and claims of tasks as one summary."""
+    listed = list(parts)
+    return Summary(
+        title="Which head to take",
+        command="python -m benchmarks rules --task <task>",
+        setup="`cfll.prox(lam)` and `cfll.adaptive_prox()`, in the order of Eq. (17), against "
+        "gradient heads whose rate is 1e-4 to 1e3 times the backbone's, started at zero or as "
+        "LeCun; with a squared loss, and for classes with cross entropy, too, against "
+        "`cfll.softmax(lam)`. Every row has the same budget: 20 runs of a joint search over half "
+        "decades of rates and decades of ratio or lam, the best three on a second seed, the best "
+        "on five; chosen by the last validation metric. All rates decay on a cosine. Times per "
+        "step are measured in turn.",
+        tables=[
+            Table(
+                GLANCE,
+                ("task", "B", "head", *OPTIMIZERS),
+                tuple(row for *_, rows in listed for row in rows),
+            ),
+            *(table for part in listed for table in part[0]),
+        ],
+        claims=[claim for part in listed for claim in part[1]],
+        figures=[],
+    )
+
+
+def rules(
+    task: Task = "burgers",
+    optimizers: tuple[str, ...] = OPTIMIZERS,
+    batch_sizes: tuple[int, ...] = (),
+    data: Path | None = None,
+    out: Path = Path("benchmarks/out/rules"),
+) -> None:
+    """Which head to take: gradient heads of any ratio, a fixed penalty, one that tunes itself.
+
+    Two processes may share a folder if they have different tasks.
+
+    Args:
+      task: what is learned.
+      optimizers: only these.
+      batch_sizes: only these; all of the task if empty.
+      data: folder of CIFAR-10's official files, of Omniglot's zips, or of the tables' .csv.
+      out: folder of finished runs and generated data.
+    """
+    chosen = batch_sizes or BATCH_SIZES[task]
+    num_runs = RUNS_PER_ROW * len(heads_of(task)) * len(optimizers) * len(chosen)
+    with running(out, "rules", num_runs) as runner:
+        comparison = Comparison(make_problem(task, data, out), runner, tuner.JOINTLY)
+        part = part_of(task, comparison, chosen, optimizers)
+    show(page(filter(None, [part])))
+
+
+EXPERIMENTS = (Experiment(rules, summarize, place=1),)
