@@ -1,7 +1,8 @@
 """cfll: networks whose last linear layer is solved in closed form at every step.
 
-Layers, bottom to top: `heads`, `samples`, `solve`, `stats`, `posterior`, `losses`, `rules`,
-`transform`; beside the last, `cfll.iv` has two-stage heads and `networks` the backbones it trains.
+Layers, bottom to top: `heads`, `samples`, `solve`, `moments`, `stats`, `posterior`, `losses`,
+`rules`, `keywords`, `transform`; beside the last, `networks` has backbones and `cfll.iv` the
+two-stage heads that they train with.
 `cfll.flax` and `cfll.iv` are imported when they are used first.
 """
 

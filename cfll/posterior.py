@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from cfll.heads import LinearHead, check_anchor, widest_dtype
 from cfll.solve.cholesky import dot
 from cfll.solve.problem import add
-from cfll.stats import GramStats, center
+from cfll.stats import GramStats, center, share_rounded
 
 # Beta is sought where a slope changes its sign, on grids of so many cells, one inside the other.
 _CELLS, _GRIDS = 32, 13
@@ -167,7 +167,7 @@ def _bayesian_ridge(stats: GramStats, anchor: LinearHead) -> tuple[Posterior, Ev
     d, count = len(stats.gram), stats.weight_sum
     gram, cross, squares = stats.gram, stats.cross, stats.target_squares
     if anchor.bias is not None:
-        means, around, squares = center(stats, count)
+        means, _, around, squares = center(stats, count)
         gram, cross, count = around[:, :d], around[:, d:], count - 1
     values, vectors = jnp.linalg.eigh(gram)
     values, info = values[:, None], jnp.finfo(dtype)
@@ -185,8 +185,10 @@ def _bayesian_ridge(stats: GramStats, anchor: LinearHead) -> tuple[Posterior, Ev
     # What least squares leaves. The difference has the rounding of the sums it is made of.
     correction = over_values(products, zero)
     left = squares - jnp.sum(products * correction, axis=0)
-    rounded = dot(jnp.diagonal(stats.gram), jnp.square(dot(vectors, correction)))
-    rounded = jnp.maximum(rounded + stats.target_squares, info.tiny)
+    share = share_rounded(stats)
+    sizes = jnp.diagonal(gram + share * stats.gram)
+    rounded = dot(sizes, jnp.square(dot(vectors, correction)))
+    rounded = jnp.maximum(rounded + squares + share * stats.target_squares, info.tiny)
     noise_rcond, left = left / rounded, jnp.maximum(left, info.eps * rounded)
     one = partial(_most_likely_beta, values[:, 0], count)
     beta = jax.lax.map(one, (explained.T, left))[None]

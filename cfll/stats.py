@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from cfll import samples
 from cfll.heads import LinearHead, check_anchor, widest_dtype
+from cfll.moments import Centered, Moments, Pair, around, around_zero
 from cfll.solve import Route, SolveInfo
 from cfll.solve.cholesky import cho_solve, cholesky_with_rcond, dot, dot_over_rows
 from cfll.solve.problem import add, as_penalty, bias_penalty_of, bordered_gram, check_penalty
@@ -20,8 +21,6 @@ from cfll.solve.problem import add, as_penalty, bias_penalty_of, bordered_gram, 
 # sums cannot solve by Cholesky.
 _SINGULAR = 1e2
 
-_Pair = tuple[jax.Array, jax.Array]  # a rounded sum, and what rounding lost
-
 
 class GramStats(NamedTuple):
     r"""Sufficient statistics of a least-squares problem: sums over samples.
@@ -29,10 +28,8 @@ class GramStats(NamedTuple):
     Solving from sums squares the condition number once and for all: the features are gone. In
     float32, directions of the features weaker than 1e-3 of the strongest are lost; where they
     matter use float64 (``jax_enable_x64`` and ``GramStats.zeros(..., dtype=jnp.float64)``).
-    Features with a mean of 10 standard deviations err by 1e-5 to 1e-4, the more the more there are,
-    of 100 by 1e-3 to 1e-2, of 1000 they are lost, and ``rcond`` says so: subtract such a mean
-    before. A mean of the targets costs digits that ``rcond`` does not see: 1e-4 of the kernel at a
-    mean of 1e4 standard deviations, 2e-2 at 1e6. Subtract it, too. `cfll.ridge_solve` has neither.
+    Means of features and targets cost no digits: what rounding loses of the sums is kept. Add
+    statistics by `merge` and `psum`, which keep it: leaf by leaf it is lost, and nothing sees it.
 
     Attributes:
       gram: (d, d), :math:`\sum_i w_i \phi_i \phi_i^\top`.
@@ -101,25 +98,29 @@ class GramStats(NamedTuple):
 
     def merge(self, other: "GramStats") -> "GramStats":
         """The statistics of both sets of samples, of the same d, o and use_bias."""
+        sums, terms = self._replace(lost=None), other._replace(lost=None)
         lost = jax.tree.map(jnp.add, _lost(self), _lost(other))
-        pairs = jax.tree.map(
-            _sum_exactly, self._replace(lost=None), lost, other._replace(lost=None)
-        )
-        sums, lost = jax.tree.transpose(jax.tree.structure(lost), None, pairs)
-        return sums._replace(lost=lost)
+        return _joined(jax.tree.map(lambda *pair: Pair(*pair[:2]).plus(pair[2]), sums, lost, terms))
 
     def decay(self, factor: jax.typing.ArrayLike) -> "GramStats":
         """Forget: all sums times a factor in [0, 1], so that older samples weigh less."""
-        return jax.tree.map(lambda leaf: leaf * jnp.asarray(factor, leaf.dtype), self)
+        sums, lost = self._replace(lost=None), _lost(self)
+        return _joined(jax.tree.map(partial(_scale, factor), sums, lost))
 
     def psum(self, axis_name: str | tuple[str, ...]) -> "GramStats":
         """The statistics of all devices, inside ``shard_map``, ``pmap`` or ``vmap``.
 
-        One all-reduce of d^2 + d o + d + 2 o + 1 numbers, over the mapped axis (or axes). It rounds
-        the sums once per device, and ``lost`` starts at zero again: sum long streams first.
+        Two all-reduces over the mapped axis (or axes): the means, d + o + 1 numbers, and the sums
+        around them, d^2 + d o + d + 2 o. Without bias one, of the sums, that begins ``lost`` anew.
         """
-        sums = jax.lax.psum(self._replace(lost=None), axis_name)
-        return sums._replace(lost=_lost(sums))
+        if self.feature_sum is None:
+            sums = jax.lax.psum(self._replace(lost=None), axis_name)
+            return sums._replace(lost=_lost(sums))
+        moments = _moments_of(self)
+        first, weight = jax.lax.psum((moments.first.total, moments.weight.total), axis_name)
+        centered = around(_mean(first, weight), moments)
+        sums = jax.lax.psum(centered[1:], axis_name)
+        return _stats_of(around_zero(Centered(centered.means, *sums), weight))
 
     def ridge(self, beta: jax.typing.ArrayLike, *, penalize_bias: bool = True) -> LinearHead:
         """`cfll.ridge_solve` of all samples added, with the same beta and penalize_bias."""
@@ -178,7 +179,7 @@ def _add(
 ) -> GramStats:
     rows = samples.flatten(features, targets, sample_weight, stats.gram.dtype)
     sums_of = partial(_sums_of, stats.feature_sum is not None)
-    replicated = jax.tree.map(lambda _: jax.P(), stats._replace(lost=None))
+    replicated = jax.tree.map(lambda _: jax.P(), stats._replace(lost=_lost(stats)))
     return stats.merge(samples.let_xla_shard(sums_of, rows.features, replicated)(rows))
 
 
@@ -187,65 +188,90 @@ def _lost(stats: GramStats) -> GramStats:
     return stats.lost or jax.tree.map(jnp.zeros_like, stats._replace(lost=None))
 
 
-def _sums_of(with_bias: bool, rows: samples.Samples) -> GramStats:
-    """The sums over one batch."""
-    weighted = rows.weigh(rows.features)
-    return GramStats(
-        gram=dot_over_rows(rows.features, weighted),
-        cross=dot_over_rows(weighted, rows.targets),
-        feature_sum=jnp.sum(weighted, axis=0) if with_bias else None,
-        target_sum=jnp.sum(rows.weigh(rows.targets), axis=0) if with_bias else None,
-        target_squares=jnp.sum(rows.weigh(jnp.square(rows.targets)), axis=0),
-        weight_sum=rows.total(),
+def _scale(factor: jax.typing.ArrayLike, total: jax.Array, lost: jax.Array) -> Pair:
+    """A pair times a number."""
+    factor = jnp.asarray(factor, total.dtype)
+    return Pair.of(jnp.zeros_like(total)).plus_product(factor, Pair(total, lost))
+
+
+def _joined(pairs: Any) -> GramStats:
+    """Statistics from a pair for each number."""
+    total, lost = (
+        jax.tree.map(lambda pair, k=k: pair[k], pairs, is_leaf=lambda node: isinstance(node, Pair))
+        for k in range(2)
     )
+    return total._replace(lost=lost)
 
 
-def _sum_exactly(
-    total: jax.Array, lost: jax.Array, *terms: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The sum of all, rounded, and what rounding loses; by Knuth's two-sum."""
-    for term in terms:
-        before, total = total, total + term
-        part = total - before
-        lost = lost + jax.lax.stop_gradient((before - (total - part)) + (term - part))
-    rounded = total + lost
-    return rounded, jax.lax.stop_gradient(lost - (rounded - total))
+def _sums_of(with_bias: bool, rows: samples.Samples) -> GramStats:
+    """The sums over one batch, with what rounding loses of them."""
+    weight = rows.total()
+    if not with_bias:
+        products, squares = _products(rows)
+        d = len(products)
+        sums = GramStats(products[:, :d], products[:, d:], None, None, squares, weight)
+        return sums._replace(lost=_lost(sums))
+    # Around the means, which a solve subtracts: the products have no digits of them to lose.
+    means = _mean(_first(rows), weight)
+    # The barrier keeps XLA from taking the rows it centers for the products, in another layout.
+    first = _first(_less(rows, jax.lax.optimization_barrier(means)))
+    centered = Centered(means, first, *_products(_less(rows, means)))
+    return _stats_of(around_zero(centered, weight))
 
 
-def _halves(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two numbers of half the digits that add up to this one; products of such are exact."""
-    info = jnp.finfo(array.dtype)
-    high = jax.lax.reduce_precision(array, info.nexp, (info.nmant - 1) // 2)
-    return high, array - high
+def _less(rows: samples.Samples, means: jax.Array) -> samples.Samples:
+    """Features and targets less their means, (1, d + o)."""
+    d = rows.features.shape[1]
+    return rows._replace(features=rows.features - means[:, :d], targets=rows.targets - means[:, d:])
 
 
-def _subtract_product(total: _Pair, left: jax.Array, right: _Pair) -> jax.Array:
-    """The difference of total and left * right, rounded once."""
-    factors = (*_halves(right[0]), right[1])
-    terms = (-half * factor for half in _halves(left) for factor in factors)
-    return _sum_exactly(*total, *terms)[0]
+def _first(rows: samples.Samples) -> jax.Array:
+    """The first moments, (1, d + o)."""
+    parts = (rows.weigh(array).sum(axis=0) for array in (rows.features, rows.targets))
+    return jnp.concatenate(list(parts))[None]
 
 
-def center(stats: GramStats, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Means (1, d + o) of (features, targets), products (d, d + o) with the features, squares (o,).
+def _products(rows: samples.Samples) -> tuple[jax.Array, jax.Array]:
+    """Products and squares of `Moments`."""
+    weighted = rows.weigh(rows.features)
+    gram, cross = dot_over_rows(rows.features, weighted), dot_over_rows(weighted, rows.targets)
+    squares = jnp.sum(rows.weigh(jnp.square(rows.targets)), axis=0)
+    return jnp.concatenate([gram, cross], axis=1), squares
 
-    Products, and squares of the targets, around the means, with all digits: sum (x - m) (z - c)^T =
-    G - m s^T - (s_x - w m) c^T, with the exact sums G, s and w, holds for rounded m and c, too.
-    """
 
-    def joined(sums: Any) -> tuple[jax.Array, ...]:
-        products = jnp.concatenate([sums.gram, sums.cross], axis=1)
-        sums_ = jnp.concatenate([sums.feature_sum, sums.target_sum])[None]
-        return products, sums_, sums.weight_sum
+def _mean(sums: jax.Array, weight: jax.Array) -> jax.Array:
+    """About the means (1, k): any finite numbers near them will do."""
+    return jax.lax.stop_gradient(sums / jnp.where(weight == 0, jnp.ones_like(weight), weight))
 
-    products, sums, weights = zip(joined(stats), joined(_lost(stats)), strict=True)
-    d, means = len(stats.gram), sums[0] / weight
-    around = _subtract_product(products, means[:, :d].T, sums)
-    rest = _subtract_product(sums, means, weights)
-    squares, mean = (stats.target_squares, _lost(stats).target_squares), means[0, d:]
-    of_targets = sums[0][0, d:], sums[1][0, d:]
-    around_mean = _subtract_product(squares, mean, of_targets) - rest[0, d:] * mean
-    return means, around - rest[:, :d].T * means, around_mean
+
+def _moments_of(stats: GramStats) -> Moments:
+    """The sums of statistics with a bias, with what rounding lost."""
+    both: Any = (stats, _lost(stats))
+    firsts = (jnp.concatenate([part.feature_sum, part.target_sum])[None] for part in both)
+    products = (jnp.concatenate([part.gram, part.cross], axis=1) for part in both)
+    squares, weights = zip(*((part.target_squares, part.weight_sum) for part in both), strict=True)
+    return Moments(Pair(*weights), Pair(*firsts), Pair(*products), Pair(*squares))
+
+
+def _stats_of(moments: Moments) -> GramStats:
+    """The other way."""
+    d = len(moments.products.total)
+    total, lost = (
+        GramStats(products[:, :d], products[:, d:], first[0, :d], first[0, d:], squares, weight)
+        for weight, first, products, squares in zip(*moments, strict=True)
+    )
+    return total._replace(lost=lost)
+
+
+def center(stats: GramStats, weight: jax.Array) -> Centered:
+    """The sums around the means, for this sum of weights: not zero."""
+    moments = _moments_of(stats)
+    return around(moments.first.total / weight, moments)
+
+
+def share_rounded(stats: GramStats) -> float:
+    """Of the sums around zero, what rounding them costs sums around the means, in units of eps."""
+    return 1.0 if stats.lost is None else float(jnp.finfo(stats.gram.dtype).eps)
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
@@ -264,14 +290,14 @@ def _solve(
     # The bias is eliminated: what is left is the kernel's system, with the sums around the means.
     d, one = len(stats.gram), jnp.ones((), dtype)
     weight = jnp.where(stats.weight_sum == 0, one, stats.weight_sum)
-    means, around, _ = center(stats, weight)
-    mean, gram = means[:, :d], around[:, :d]
+    means, _, products, _ = center(stats, weight)
+    mean, gram = means[:, :d], products[:, :d]
     share = stats.weight_sum / (weight + bias_penalty)  # of the mean residual, what the bias takes
     pull = share * bias_penalty * mean.T
     matrix = bordered_gram(gram + dot(pull, mean), None, weight, penalty, None)
     gap = means[:, d:] - anchor(mean)
-    residual = around[:, d:] - dot(gram, anchor.kernel) + dot(pull, gap)
-    size = jnp.diagonal(matrix) + weight * jnp.square(mean[0])
+    residual = products[:, d:] - dot(gram, anchor.kernel) + dot(pull, gap)
+    size = jnp.diagonal(matrix) + share_rounded(stats) * weight * jnp.square(mean[0])
     kernel, info = _solve_spd(matrix, size, residual)
     bias = share * (gap - dot(mean, kernel))[0]
     return add(anchor, LinearHead(kernel, bias)), info

@@ -138,7 +138,7 @@ plt.show()
 # | features for which Cholesky fails (dead, repeated, collinear): predictions on them within 1e-3 with `solver="auto"` | `-k auto_survives` |
 # | beyond that `rcond` warns (0: Cholesky failed): of 672 problems none errs by more than 1e-3 in predictions without a warning | `python -m benchmarks numerics` |
 # | a mean of the targets costs the kernel no digits; a million rows of few features cost none; in directions without data the head stays small over a run | `test_float32.py` |
-# | `GramStats` in float32: a long stream errs as a short one; any chunking is one call | `test_stats.py` |
+# | `GramStats` in float32: a long stream errs as a short one; any chunking, merging and `psum` is one call; means of features and targets cost no digits | `test_stats.py` |
 # | every solver and `GramStats` the same under jit, eagerly, in vmap, scan, shard_map, an explicit mesh, exported, with `jax_debug_nans`, from float16 to float64 | `test_contract.py` |
 # | outside of jit no public function compiles again for the same shapes; "auto" with few samples, very many features and three outputs takes at most 3 times the memory of "dual" (with one output: that of "dual" and at most 2.2 times the features) | `test_contract.py` |
 # | any mix of wrapper, order of a step, optimizer and dtype: the head of a NumPy transcription, or an error in words of ours | `test_programs.py`, `test_wrappers.py` |

@@ -125,9 +125,9 @@ print(stats.ridge(beta=1e-3).kernel.ravel())
 # %% [markdown]
 # ## Several devices
 #
-# Shard the batch over a mesh and jit as usual: nothing else changes. In all ways the devices exchange one
-# all-reduce of d² + d o + d + o numbers per solve (each step of refinement, on ill-conditioned features, d o
-# + o more), and every device factorizes the same matrix. (`python -m pytest tests/test_scale.py` shows it on
+# Shard the batch over a mesh and jit as usual: nothing else changes. In all ways the devices exchange the means
+# and the sums, d² + d o + 2 d + 2 o numbers at most, in two all-reduces per solve (each step of refinement, on
+# ill-conditioned features, d o + o more), and every device factorizes the same matrix. (`python -m pytest tests/test_scale.py` shows it on
 # eight virtual devices and on two processes.)
 
 # %%

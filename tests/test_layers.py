@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cfll"
 # Bottom to top, as in cfll/__init__.py; beside the last, two-stage heads and Flax.
-LAYERS = ["heads", "samples", "solve", "stats", "posterior", "losses", "rules", "keywords"]
-LAYERS += ["transform", "networks", "iv", "flax"]
+LAYERS = ["heads", "samples", "solve", "moments", "stats", "posterior", "losses", "rules"]
+LAYERS += ["keywords", "transform", "networks", "iv", "flax"]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -37,6 +37,13 @@ def test_no_arrow_points_upward(path):
     for other in imported_by(path):
         layer = layer_of(other)
         assert own is None or layer is None or layer <= own, f"{module} imports {other}"
+
+
+def test_every_module_has_a_layer():
+    assert {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES} == {
+        *LAYERS,
+        "__init__",
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -60,6 +60,7 @@ def outputs_of(*processes, codes=None, seconds=180):
 # Eight devices ------------------------------------------------------------------------------------
 
 GRAM, CROSS = sharded.D**2 + sharded.D, (sharded.D + 1) * sharded.O
+MEANS = sharded.D + sharded.O
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +85,15 @@ def test_the_head_of_eight_devices_is_that_of_one(report, solve):
     assert result["sharding"] == [[], []]
 
 
-def test_a_solve_from_sums_is_one_all_reduce(report):
+def test_a_solve_from_sums_reduces_the_means_and_the_sums_around_them(report):
     def collectives(solve):
         assert report["solves"][solve]["guarded"] == []  # whatever the data
         return report["solves"][solve]["collectives"]
 
-    assert collectives("jit, GramStats") == [["all-reduce", GRAM + CROSS]]
+    sums = ["all-reduce", GRAM + CROSS]
+    assert collectives("jit, GramStats") == [["all-reduce", MEANS], sums]
     # By shard_map the number of samples is summed, too: the devices might have different weights.
-    assert collectives("shard_map, GramStats") == [["all-reduce", GRAM + CROSS + 1]]
+    assert collectives("shard_map, GramStats") == [["all-reduce", MEANS + 1], sums]
 
 
 def test_prox_solve_reduces_the_mean_and_the_sums_and_nothing_else(report):
@@ -107,7 +109,8 @@ def test_outputs_of_the_head_may_be_sharded(report):
         assert result["error"] < 1e-5
         assert result["sharding"] == [[None, "outputs"], ["outputs"]]
     # Each device solves for its own outputs.
-    half = [["all-reduce", GRAM + CROSS // 2 + 1]]
+    means, sums = sharded.D + sharded.O // 2 + 1, GRAM + CROSS // 2
+    half = [["all-reduce", means], ["all-reduce", sums]]
     assert report["outputs"]["shard_map, GramStats"]["collectives"] == half
     # By jit XLA does not split LAPACK's triangular solve over its right-hand sides: it gathers
     # them, and every device solves for all outputs.
@@ -130,7 +133,7 @@ def test_training_on_eight_devices(report, by):
     # The solve, the gradient of the backbone, and the loss.
     assert {operation for operation, _ in result["collectives"]} == {"all-reduce"}
     numbers = GRAM + CROSS + training["backbone"] + 1
-    numbers += sharded.O if by == "jit" else 1  # means; sums have the number of samples instead
+    numbers += sharded.O if by == "jit" else MEANS + 1  # means; of sums, and how many samples
     assert sum(size for _, size in result["collectives"]) == numbers
 
 
