@@ -1,7 +1,8 @@
 """dfiv: Figure 3, deep-feature instrumental variables on dSprites and on the demand design.
 
-Algorithm 3 (proximal heads) against the original method (ridge heads), at several batch sizes,
-evaluated with the current heads and with heads refitted on all data.
+Proximal heads, in the order of Eq. (17) and by Algorithm 3, against the original method (ridge
+heads), at several batch sizes, evaluated with the current heads and with heads refitted on all
+data.
 """
 
 import dataclasses
@@ -13,12 +14,10 @@ from benchmarks.core.records import Records
 from benchmarks.core.runner import Runner, running
 from benchmarks.experiments import Experiment
 from benchmarks.experiments.dfiv.findings import summary_of
-from benchmarks.experiments.dfiv.runs import ORIGINAL, PROXIMAL, PROXIMAL_1, Runs, tune_all
+from benchmarks.experiments.dfiv.runs import METHODS, Runs, tune_all
 from benchmarks.experiments.dfiv.stage2 import times_of
 from benchmarks.reporting.summary import Summary, show
 from benchmarks.tasks.dfiv import SIZES, Design, Preset
-
-METHODS = (PROXIMAL, ORIGINAL, PROXIMAL_1)  # of the tables
 
 
 def answer(runs: Runs, figures: Path, preset: str) -> Summary:
