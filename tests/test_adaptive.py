@@ -202,6 +202,7 @@ def test_what_makes_no_sense_is_an_error_while_tracing():
 X, Y = (a[0] for a in batches_of(1, 24, 3, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["Eq. (17)", "Algorithm 1"])
 def test_linen_and_nnx_train_alike(standard_promotion, order):
     tx = cfll.closed_form(optax.sgd(0.01), RULE)
@@ -253,6 +254,7 @@ def test_linen_and_nnx_train_alike(standard_promotion, order):
     assert all(a != b for a, b in itertools.pairwise(lams))
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_prox_at_the_same_lam(x64):
     x, y = X.astype(np.float64), Y.astype(np.float64)
     state = step(RULE, state_of(3, 2, dtype=jnp.float64), x, y)
@@ -270,6 +272,7 @@ def test_the_gradient_is_that_of_prox_at_the_same_lam(x64):
 # Devices -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_four_devices_that_share_a_batch_train_as_one():
     command = [sys.executable, "-m", "tests.adaptive_sharded"]
     root = Path(__file__).parents[1]
@@ -280,6 +283,7 @@ def test_four_devices_that_share_a_batch_train_as_one():
     assert max(errors.values()) < 1e-5, errors
 
 
+@pytest.mark.slow
 def test_an_axis_shares_slope_and_norm(x64):
     (x,), (y,) = batches_of(1, 24, 3, 2, dtype=np.float64)
     state = state_of(3, 2, dtype=jnp.float64)

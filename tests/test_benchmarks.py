@@ -71,6 +71,7 @@ def test_the_network_does_not_depend_on_the_resolution():
     np.testing.assert_allclose(fine_outputs[:, ::4], coarse_outputs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_quickstart_runs_and_resumes(tmp_path, monkeypatch):
     rows = (
         ("Adam", quickstart.GRADIENT),

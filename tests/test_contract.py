@@ -27,6 +27,7 @@ def test_any_two_options_meet():
     assert met == all_pairs
 
 
+@pytest.mark.slow
 def test_every_solver_on_several_devices():
     report = json.loads(outputs_of(start("contract"))[0])
     assert report["devices"] == contract.DEVICES
@@ -183,6 +184,7 @@ def lowered(solver, n, d, weighted=False, outputs=1):
     return jax.jit(solve).lower(features, targets, anchor, weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("d", "weighted"), [(512, False), (100_000, False), (100_000, True)])
 def test_the_fallback_of_a_dual_is_small(d, weighted):
     def memory(solver, outputs):

@@ -50,7 +50,10 @@ from cfll.rules.rule import initial_state
 from tests.interrupted import stop_and_resume
 from tests.test_data import cifar_batch, omniglot_files, write_pickle
 
-pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compilation")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("standard_promotion", "quick_compilation"),
+]
 
 TINY_FIELDS = burgers_data.BurgersSettings(num_samples=64, num_points=128, dt=0.02)
 

@@ -18,7 +18,7 @@ from benchmarks.experiments.imagenet import recipe, train
 from benchmarks.models.nfnet import NFNet, standardize
 from benchmarks.reporting.summary import to_markdown
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 
 CLASSES = ("n01440764", "n01443537", "n02102040")
 COLORS = ((200, 60, 60), (60, 200, 60), (60, 60, 200))

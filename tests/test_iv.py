@@ -202,6 +202,7 @@ def test_stage_2_never_differentiates_a_factorization(order, solves):
         assert f"= {primitive}" not in jaxpr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [iv.proximal, iv.original])
 def test_training_finds_the_structural_function(make, standard_promotion):
     keys = jax.random.split(jax.random.key(0), 4)

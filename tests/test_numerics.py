@@ -355,6 +355,7 @@ def test_features_have_the_spectrum_that_was_asked_for(size, condition):
     np.testing.assert_allclose(values[0], largest)
 
 
+@pytest.mark.slow
 def test_the_command_measures_stops_and_resumes(tmp_path, monkeypatch, capsys):
     tiny = problems.Settings(
         num_seeds=1,

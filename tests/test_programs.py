@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,8 @@ import cfll
 import cfll.flax
 from tests import compiled
 from tests.oracles import TIMES
+
+pytestmark = pytest.mark.slow
 
 N, INPUTS, D, OUTPUTS, LAM, DECAY = 8, 3, 4, 2, 0.5, 0.25
 # Of a head, relative to the old and the new one: features are made twice, by two programs.

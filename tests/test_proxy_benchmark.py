@@ -79,6 +79,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(proxy.SIZES, ("demand", "cpu"), size)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion", "quick_compilation", "tiny")
 class TestCommand:
     def test_demand_runs_stops_and_resumes(self, tmp_path, monkeypatch, capsys):

@@ -310,6 +310,7 @@ def test_extra_keywords_reach_the_rule_and_others_are_refused():
 # Devices that share a batch ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_four_devices_with_an_axis_train_as_one():
     environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "-m", "tests.replicated"]

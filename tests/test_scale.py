@@ -140,6 +140,7 @@ def test_training_on_eight_devices(report, by):
 # Two processes ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(standard_promotion):
     losses = two_processes.train()  # here, on one device
     with socket.socket() as free:
@@ -279,6 +280,7 @@ def test_a_bfloat16_backbone_trains_with_a_float32_head():
 # A run that is killed -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bitwise(tmp_path):
     # From the second save on, the first checkpoint is complete; the last may be half written.
     step = random.SystemRandom().randrange(2 * resumed.SAVE_EVERY, resumed.STEPS)

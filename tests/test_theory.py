@@ -66,6 +66,7 @@ def runs(folder):
     return read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [theory, landscape])
 def test_commands_end_to_end(module, folder, monkeypatch):
     (log,) = folder.glob(f"{module.__name__.split('.')[-1]}.jsonl")
