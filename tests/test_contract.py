@@ -16,6 +16,7 @@ from tests import contract
 from tests.test_scale import outputs_of, start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", contract.covering_cases(contract.WAYS), ids=str)
 def test_every_solver_by_every_way_of_calling(case):
     contract.check(case)

@@ -32,6 +32,7 @@ from benchmarks.experiments import (
     dfiv,
     discover,
     images,
+    limits,
     ope,
     rules,
     sensitivity,
@@ -302,6 +303,18 @@ def test_a_half_precision_backbone_keeps_parameters_and_head_in_float32():
     batch = methods.Batch(inputs, targets)
     state, _ = methods.step(method, apply, hyper, state, batch, batch)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}
+
+
+def test_limits_are_measured_and_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(limits, "WIDE", ((4, 64),))
+    monkeypatch.setattr(limits, "TALL", ((64, 4),))
+    monkeypatch.setattr(limits, "CHUNKS", (1000,))
+    path = tmp_path / "limits.jsonl"
+    lines = stop_and_resume(lambda: limits.limits(out=tmp_path), path, monkeypatch)
+    assert len(lines) == 2 + 1 + 4 + 3 + 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "holds: Outside of jit, calls after the first compile nothing (ours)." in said
+    assert "holds: Sums in float32 over a long stream err by less than 1e-5 (ours)." in said
 
 
 def test_images_need_a_folder(tmp_path):

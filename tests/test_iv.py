@@ -135,6 +135,7 @@ def optimizers(make=optax.sgd):
     return {"treatment_optimizer": make(RATE), "instrument_optimizer": make(RATE)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("covariate", [False, True])
 @pytest.mark.parametrize("method", ["proximal", "original"])
 def test_a_run_equals_the_transcription(x64, method, covariate):

@@ -57,6 +57,7 @@ def mean_square(residual):
     return jnp.mean(jnp.sum(residual**2, axis=-1))
 
 
+@pytest.mark.slow
 def test_a_run_in_the_order_of_equation_17_equals_its_transcription(x64):
     networks, batch1, batch2 = make_networks(), make_batch(0), make_batch(1)
     method = make_method(networks, stage1_steps=3, stage2_steps=2)

@@ -125,6 +125,7 @@ def transcribed(parameters, data1, data2, *, proximal, penalties, steps, rounds)
     return (first, proxy, outcome, second), big_w, v
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["proximal", "original"])
 def test_a_run_equals_the_transcription(x64, method):
     parameters, data1, data2 = make_parameters(), make_data(40, 0), make_data(30, 1)

@@ -31,6 +31,7 @@ def full_objective(features, targets, anchor, lam, weights, penalize_bias=True):
     return (fit + jnp.trace(step.T @ penalty @ step)) / jnp.sum(weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalize_bias", [True, False])
 @pytest.mark.parametrize("kind", LAMS)
 def test_gradient_equals_differentiation_through_the_solve(x64, kind, penalize_bias):

@@ -40,6 +40,7 @@ def head_of(rows):
     return cfll.LinearHead(jnp.asarray(rows[:-1]), jnp.asarray(rows[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["auto", "primal", "dual", "qr", cfll.CG(tolerance=1e-12)])
 @pytest.mark.parametrize("leading", [(N,), (8, 5)])
 def test_half_of_the_targets_missing(x64, leading, solver):

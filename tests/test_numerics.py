@@ -178,6 +178,7 @@ def check(problem, known, solver, head, info):
         np.testing.assert_allclose(found, start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shape", "examples"), CASES)
 def test_right_or_flagged(name, shape, examples):
     dtype = DTYPES[name]

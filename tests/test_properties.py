@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,6 +49,7 @@ def objective(head, features, targets, anchor, weights, lam):
     return fit + float(lam) * (np.sum((kernel - w0) ** 2) + np.sum((bias - b0) ** 2))
 
 
+@pytest.mark.slow
 @settings(max_examples=300 * TIMES, deadline=None)
 @given(problems())
 def test_always_finite_and_never_worse_than_the_anchor(problem):

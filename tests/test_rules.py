@@ -322,6 +322,7 @@ def test_four_devices_with_an_axis_train_as_one():
     assert max(errors.values()) < 1e-5, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalize_bias", [True, False])
 def test_an_axis_of_vmap_is_a_batch_in_parts(x64, penalize_bias):
     options = {"penalize_bias": penalize_bias}

@@ -12,7 +12,7 @@ from benchmarks.experiments import landscape, theory
 from benchmarks.experiments.theory import flow, width
 from benchmarks.experiments.theory import settings as theory_settings
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 
 BETAS = (0.0, 0.1)
 SMALL = {
@@ -66,7 +66,6 @@ def runs(folder):
     return read
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("module", [theory, landscape])
 def test_commands_end_to_end(module, folder, monkeypatch):
     (log,) = folder.glob(f"{module.__name__.split('.')[-1]}.jsonl")
