@@ -62,6 +62,7 @@ def validated(x, y, weights, head, lam, turn):
     return error, -2 * np.sum(w * left * (z @ change)) / error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "points", "d"), [(9, 3, 4), (10, None, 12)], ids=["tall", "wide"])
 def test_lam_descends_on_the_error_of_the_other_half(x64, n, points, d):
     xs, ys = batches_of(4, n, d, 2, points, np.float64)

@@ -157,6 +157,7 @@ def run_nnx(step, net, batches, first_batch=None):
     return history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "steps"),
     [

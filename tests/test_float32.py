@@ -25,6 +25,7 @@ def ridge(features, targets, beta, free):
     return np.linalg.lstsq(np.vstack([rows, root]), np.vstack([targets.astype(float), below]))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free", [True, False])
 @pytest.mark.parametrize(("shape", "solver"), SOLVERS)
 def test_targets_with_a_mean_do_not_cost_digits_of_the_kernel(shape, solver, free):

@@ -219,6 +219,7 @@ class Nnx(nnx.Module):
         return self.norm(self.dense(x))
 
 
+@pytest.mark.slow
 def test_linen_and_nnx_networks_train_alike(standard_promotion, quick_compilation):
     a, z, w, y = (x.astype(np.float32) for x in make_data(32, 3))
     data = as_batch((a, z, w, y))

@@ -66,6 +66,7 @@ def evidence(features, targets, beta):
     return -0.5 * (len(y) * np.log(noise) + np.linalg.slogdet(matrix)[1]), noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [30, 8])  # more samples than features, and fewer
 def test_every_output_has_its_own_beta_and_noise(x64, n):
     features, targets = problem(n, 10, o=3, noise=np.array([0.3, 1.0, 3.0]))

@@ -404,6 +404,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_order_of_equation_17_works_through_wrappers(standard_promotion, name):
     tx, params = WRAPPERS[name], make_params()

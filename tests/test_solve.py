@@ -650,6 +650,7 @@ def test_a_healthy_step_passes_under_debug_nans():
     np.testing.assert_allclose(head(twice), features[:, :1], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [*SOLVERS, cfll.CG(tolerance=1e-7)])
 @pytest.mark.parametrize(("n", "d"), [(32, 6), (4, 16), (600, 64)])
 def test_inside_shard_map(solver, n, d):

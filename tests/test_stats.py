@@ -208,6 +208,7 @@ def forgotten(batches):
     return third.merge(third).merge(third)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalize_bias", [True, False])
 @pytest.mark.parametrize("sums_of", [one_stream, two_merged, four_devices, forgotten])
 @pytest.mark.parametrize(

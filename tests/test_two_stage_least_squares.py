@@ -49,6 +49,7 @@ def coefficients(way, endogenous, exogenous, instruments, outcome):
     return np.append(head.kernel[:, 0], head.bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS[:2])
 def test_generated_data_against_the_closed_form(way):
     rng = np.random.default_rng(0)

@@ -171,6 +171,7 @@ def heads_along(name, x, y, anchor, lam, weights):
     return [anchor, *(head_after(steps) for steps in (1, 2, 5))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_no_inner_step_lets_the_loss_rise(name):
     @settings(max_examples=EXAMPLES, deadline=None)
