@@ -29,12 +29,16 @@ COMPARED = (ORIGINAL, PUBLISHED)  # in the cost of an update
 
 # Of the preset "cpu".
 REASONS = (
-    "Reasons, as far as found: the inner head of stage 2 is kept near the previous one by lam12; "
-    "at 1e-4 it follows a small batch, with 1 it does so less, and the errors fall. An update of "
-    "stage 2 is not cheaper because it takes a second forward pass for the head, which on two "
-    "cores outweighs the derivative of a small Cholesky that it avoids. Three seeds and a search "
-    "of one axis after the other leave wide intervals. Not shown: what the paper's rounds and "
-    "widths would give."
+    "Reasons, as far as found: the order decides. Algorithm 3 is far behind the original with "
+    "refitted heads; in the order of Eq. (17) the two are level within their intervals, and an "
+    "update of stage 2 costs as much as the original's: one forward pass instead of two, and "
+    "neither differentiates a factorization that would show beside the networks. Current heads lag "
+    "behind refitted ones, on the demand design six times and more. An exploration there at B = "
+    "256, two seeds: 6 to 18 times at constant rates, 5 to 10 with a cosine decay, which lowers "
+    "both errors, 4 to 8 with lam2 growing a thousandfold beside it; lam12 of 100 and 1e4 changed "
+    "little. What is left of the gap has no reason yet. A search along one axis "
+    "after the other leaves wide intervals. Not shown: what the paper's rounds and widths would "
+    "give."
 )
 
 

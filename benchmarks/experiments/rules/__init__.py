@@ -70,8 +70,8 @@ def page(parts: Iterable[Part]) -> Summary:
         "LeCun; with a squared loss, and for classes with cross entropy, too, against "
         "`cfll.softmax(lam)`. Every row has the same budget: 20 runs of a joint search over half "
         "decades of rates and decades of ratio or lam, the best three on a second seed, the best "
-        "on five; chosen by the last validation metric. All rates decay on a cosine. Times per "
-        "step are measured in turn.",
+        "on five, the next where one of those diverges; chosen by the last validation metric. All "
+        "rates decay on a cosine. Times per step are measured in turn.",
         tables=[
             Table(
                 GLANCE,

@@ -86,7 +86,8 @@ def tune(comparison: Comparison, row: Row, task: Task) -> Outcome:
     if task in CLASSIFIERS:
         rate = CLASSIFIERS_START[row.optimizer]
     if row.head in methods:
-        return comparison.tune(method, row.batch_size, SEEDS, (rate, strength or 1.0))
+        found = comparison.tune(method, row.batch_size, SEEDS, (rate, strength or 1.0))
+        return steady(comparison, found)
     # Where a slow head was good in trials: in classification. Elsewhere the ordinary one.
     start = rate, 0.01 if task in CLASSIFIERS else 1.0
     zeros = comparison.tune(method, row.batch_size, SEEDS, start)
@@ -95,7 +96,23 @@ def tune(comparison: Comparison, row: Row, task: Task) -> Outcome:
         method._replace(init=None), row.batch_size, SEEDS, candidates=best_candidates(zeros)
     )
     sign = comparison.problem.sign
-    return min(zeros, lecun, key=lambda outcome: sign * outcome.validation[:, -1].mean())
+    best = min(zeros, lecun, key=lambda outcome: sign * outcome.validation[:, -1].mean())
+    return steady(comparison, best)
+
+
+def steady(comparison: Comparison, found: Outcome) -> Outcome:
+    """The best of an outcome's finalists that diverges on no seed, if there is one."""
+    left, outcome = best_candidates(found), found
+    while left and not np.isfinite(outcome.final).all():
+        left = [values for values in left if values != values_of(outcome)[: len(values)]]
+        if left:
+            outcome = comparison.tune(outcome.method, outcome.batch_size, SEEDS, candidates=left)
+    return outcome
+
+
+def values_of(outcome: Outcome) -> tuple[float, float | None]:
+    """The best rate and second hyperparameter of an outcome."""
+    return outcome.rate, outcome.strength
 
 
 def best_candidates(outcome: Outcome) -> list[Values]:
