@@ -359,7 +359,14 @@ def test_an_axis_solves_from_sums_alone():
     "rule", [PROX3, cfll.every(2, cfll.ridge(1.0)), cfll.softmax(1.0), cfll.kalman(1.0)]
 )
 def test_without_an_axis_replicas_are_refused(rule, check_vma, order):
-    params, mesh = make_params(), jax.sharding.AbstractMesh((4,), ("i",))
+    params = make_params()
+
+    def make_mesh(size):
+        # The default of jax 0.12 is explicit axes, whose inputs would have to be sharded.
+        auto = (jax.sharding.AxisType.Auto,)
+        return jax.sharding.AbstractMesh((size,), ("i",), axis_types=auto)
+
+    mesh = make_mesh(4)
 
     def refuse_or_solve(rule, mesh=mesh):
         tx = cfll.closed_form_head(rule)
@@ -380,7 +387,7 @@ def test_without_an_axis_replicas_are_refused(rule, check_vma, order):
     with pytest.raises(ValueError, match=r"mapped axis 'i' .* cfll.prox\(lam, axis_name='i'\)"):
         refuse_or_solve(rule)
     assert refuse_or_solve(rule._replace(axis_name=())).shape == (4 * 5, 2)
-    assert refuse_or_solve(rule, jax.sharding.AbstractMesh((1,), ("i",))).shape == (5, 2)
+    assert refuse_or_solve(rule, make_mesh(1)).shape == (5, 2)
 
 
 # Where the state is ------------------------------------------------------------------------------
