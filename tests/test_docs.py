@@ -8,8 +8,6 @@ from pathlib import Path
 import jupytext
 import pytest
 
-import cfll
-
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
@@ -54,10 +52,6 @@ def test_numbers_of_the_readme_are_those_of_the_results():
         last = section + number.end() - 1
         edited = README[:last] + str((int(README[last]) + 5) % 10) + README[last + 1 :]
         assert not_in_results(edited)
-
-
-def test_the_citation_is_of_this_version():
-    assert f"\nversion: {cfll.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("notebooks/*.ipynb")))
