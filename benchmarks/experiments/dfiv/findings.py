@@ -31,14 +31,11 @@ COMPARED = (ORIGINAL, PUBLISHED)  # in the cost of an update
 REASONS = (
     "Reasons, as far as found: the order decides. Algorithm 3 is far behind the original with "
     "refitted heads; in the order of Eq. (17) the two are level within their intervals, and an "
-    "update of stage 2 costs as much as the original's: one forward pass instead of two, and "
-    "neither differentiates a factorization that would show beside the networks. Current heads lag "
-    "behind refitted ones, on the demand design six times and more. An exploration there at B = "
-    "256, two seeds: 6 to 18 times at constant rates, 5 to 10 with a cosine decay, which lowers "
-    "both errors, 4 to 8 with lam2 growing a thousandfold beside it; lam12 of 100 and 1e4 changed "
-    "little. What is left of the gap has no reason yet. A search along one axis "
-    "after the other leaves wide intervals. Not shown: what the paper's rounds and widths would "
-    "give."
+    "update of stage 2 costs as much as the original's: one forward pass instead of two, while "
+    "the factorization that the original differentiates is small beside the networks. Current "
+    "heads lag behind refitted ones, on the demand design six times and more, and no reason is "
+    "known yet. A search along one axis after the other leaves wide intervals. Not shown: what the "
+    "paper's rounds and widths would give."
 )
 
 

@@ -36,6 +36,11 @@ def near_in_accuracy(adaptive: Outcome, fixed: Outcome) -> bool:
     return bool(adaptive.final.mean() >= fixed.final.mean() - CLASSIFICATION)
 
 
+def nearness_of(task: Task) -> tuple[str, Callable[[Outcome, Outcome], bool]]:
+    """How near is near, in words, and what decides it."""
+    return ("2 points", near_in_accuracy) if task in CLASSIFIERS else ("10 %", near_in_error)
+
+
 def table_of(
     task: Task,
     found: Found,
@@ -95,8 +100,7 @@ def digits_of(task: Task) -> str:
 def claims_of(task: Task, found: Found) -> list[Claim]:
     """What is said of two heads, at every batch size with every optimizer that was run."""
     classes, digits = task in CLASSIFIERS, digits_of(task)
-    better, near = (higher, near_in_accuracy) if classes else (lower, near_in_error)
-    by = "2 points" if classes else "10 %"
+    better, (by, near) = higher if classes else lower, nearness_of(task)
     sentences = [
         (
             "a fixed penalty is better than a gradient head of any ratio.",
@@ -127,7 +131,7 @@ def started_part(
     task: Task, found: Found, starts: Mapping[float, Found]
 ) -> tuple[list[Table], list[Claim]]:
     """What the start of a self-tuned penalty does; nothing if none was chosen."""
-    digits, near = digits_of(task), near_in_accuracy if task in CLASSIFIERS else near_in_error
+    digits, (by, near) = digits_of(task), nearness_of(task)
     tuned = {
         row: outcome._replace(final=outcome.final[:NUM_SEEDS_OF_STARTS])
         for row, outcome in found.items()
@@ -147,7 +151,6 @@ def started_part(
     def cell(row: Row, outcome: Outcome) -> str:
         return mean_and_interval(outcome.final, digits)
 
-    by = "2 points" if task in CLASSIFIERS else "10 %"
     sentence = f"{task}: from any start a self-tuned penalty is within {by} of its own start."
     return [table_of(task, columns, caption, cell, heads)], [
         compared(sentence, pairs, near, digits)
