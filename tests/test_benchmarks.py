@@ -17,7 +17,10 @@ from benchmarks.models.fno import FNO1d
 
 TINY = burgers.BurgersSettings(num_samples=64, num_points=128, dt=0.02)
 
-pytestmark = pytest.mark.usefixtures("standard_promotion", "quick_compilation")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("standard_promotion", "quick_compilation"),
+]
 
 
 def cole_hopf(initial, viscosity, fine=2048):
@@ -71,7 +74,6 @@ def test_the_network_does_not_depend_on_the_resolution():
     np.testing.assert_allclose(fine_outputs[:, ::4], coarse_outputs, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_quickstart_runs_and_resumes(tmp_path, monkeypatch):
     rows = (
         ("Adam", quickstart.GRADIENT),

@@ -158,6 +158,7 @@ def compilations():
     return events
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_fourteen_more_calls_compile_nothing(standard_promotion, compilations, name):
     CALLS[name](np.float32(1))

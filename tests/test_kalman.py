@@ -139,6 +139,7 @@ def test_the_paper_s_collapse_of_the_covariance_is_the_proximal_rule():
         other = other._replace(anchor=expected.head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("beta", "process_noise", "forgetting"), [(1e-3, 0.0, 1.0), (0.1, 0.0, 0.99), (0.1, 1e-4, 1.0)]
 )

@@ -30,7 +30,7 @@ from benchmarks.core.search import best_of, descend, search
 from benchmarks.core.tuner import Tuner
 from benchmarks.reporting.intervals import half_interval
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 
 RATE, STRENGTH = 0.1, 3.0
 HYPER = Hyper(np.float32(RATE), np.float32(STRENGTH), np.int32(10))

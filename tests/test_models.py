@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.models import cnn, dfiv, koehler_fno, mlp, resnet
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 
 
 def num_params(model, inputs_shape, **options):

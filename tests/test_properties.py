@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 import cfll
 from tests.oracles import TIMES, spoil_columns
 
+pytestmark = pytest.mark.slow
+
 # Few shapes, since each is compiled; many values.
 SHAPES = st.sampled_from([(1, 1, 1), (5, 3, 2), (3, 8, 1), (12, 4, 3)])
 
@@ -49,7 +51,6 @@ def objective(head, features, targets, anchor, weights, lam):
     return fit + float(lam) * (np.sum((kernel - w0) ** 2) + np.sum((bias - b0) ** 2))
 
 
-@pytest.mark.slow
 @settings(max_examples=300 * TIMES, deadline=None)
 @given(problems())
 def test_always_finite_and_never_worse_than_the_anchor(problem):
