@@ -7,10 +7,21 @@ import zipfile
 
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.io
 from PIL import Image
 
-from benchmarks.data import burgers, cifar, demand, dsprites, omniglot, ope
+from benchmarks.data import (
+    burgers,
+    cifar,
+    demand,
+    dsprites,
+    kdv,
+    lorenz,
+    navier_stokes,
+    omniglot,
+    ope,
+)
 
 HEARTS = dsprites.render_hearts()
 
@@ -436,3 +447,59 @@ def test_a_missing_file_is_named_with_its_source(tmp_path, load, name):
         load(tmp_path)
     for word in ("Expected", "https://", "--data"):
         assert word in str(error.value)
+
+
+# Equations ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_soliton_of_korteweg_and_de_vries_keeps_its_shape(monkeypatch):
+    speed, points = 2.0, 256
+    x = np.arange(points) * kdv.DOMAIN / points
+
+    def soliton(start):
+        return -speed / 2 / np.cosh(np.sqrt(speed) / 2 * (x - start)) ** 2
+
+    monkeypatch.setattr(kdv, "initial_states", lambda settings: soliton(12.0)[None])
+    _, final = kdv.solve_kdv(kdv.DEFAULTS._replace(num_samples=1, num_points=points))
+    # The fourth-order term takes a few hundredths of it.
+    np.testing.assert_allclose(final[0], soliton(12.0 + speed)[::2], atol=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_vortices_of_taylor_and_green_decay_and_do_not_move(monkeypatch):
+    settings = navier_stokes.DEFAULTS
+    angle = 2 * np.pi * np.arange(settings.num_points) / settings.num_points
+    vortices = settings.scale * (np.cos(angle)[:, None] * np.cos(angle)).astype(np.float32)
+    monkeypatch.setattr(navier_stokes, "initial_states", lambda settings: vortices[None])
+    initial, final = navier_stokes.solve_navier_stokes(settings)
+    assert initial.std() == pytest.approx(0.5)
+    decay = np.exp(-navier_stokes.VISCOSITY * 2 * (2 * np.pi) ** 2)
+    np.testing.assert_allclose(final, decay * initial, atol=1e-4)
+
+
+def test_vorticity_is_random_with_the_scale_that_was_asked_for_and_no_mean():
+    settings = navier_stokes.DEFAULTS._replace(num_samples=100)
+    initial = navier_stokes.initial_states(settings)
+    np.testing.assert_allclose(initial.mean(axis=(1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(initial.std(), settings.scale, rtol=0.05)
+
+
+def test_sequences_follow_lorenz():
+    settings = lorenz.DEFAULTS._replace(num_sequences=5, num_steps=10)
+    inputs, targets = lorenz.sequences(settings)
+    assert inputs.shape == (5, 10, 1)
+    # What is seen is the first coordinate of what is to be predicted, `horizon` times before.
+    np.testing.assert_array_equal(
+        inputs[:, settings.horizon :, 0], targets[:, : -settings.horizon, 0]
+    )
+    state = np.array([1.0, 2.0, 20.0])
+    expected = scipy.integrate.solve_ivp(
+        lambda t, state: lorenz.velocity(state[:, None])[:, 0], (0, 0.05), state, rtol=1e-10
+    )
+    found = state[:, None]
+    for _ in range(settings.substeps):
+        found = lorenz.runge_kutta(found, settings.dt / settings.substeps)
+    np.testing.assert_allclose(found[:, 0], expected.y[:, -1], rtol=1e-4)

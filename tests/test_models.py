@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.models import cnn, dfiv, koehler_fno, mlp, resnet
+from benchmarks.models import cnn, deeponet, dfiv, fno, gru, koehler_fno, mlp, resnet
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 
@@ -67,6 +67,31 @@ def test_outputs_are_the_head_of_the_features(model):
         return model.apply(variables, x, train=True), features @ head["kernel"] + head["bias"]
 
     np.testing.assert_allclose(*both(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "leading"),
+    [
+        (fno.FNO1d(width=4, modes=3, depth=1), (2, 16, 2), (2, 16)),
+        (fno.FNO2d(width=4, modes=3, depth=1), (2, 8, 8, 3), (2, 8, 8)),
+        (deeponet.DeepONet(), (2, 16, 2), (2, 16)),
+        (gru.GRU(warm_up=3), (2, 8, 1), (2, 5)),
+    ],
+)
+def test_every_point_and_every_time_is_a_sample(model, inputs, leading):
+    assert output_shape(model, inputs, "features") == (*leading, model.num_features)
+    assert output_shape(model, inputs) == (*leading, model.num_outputs)
+
+
+@pytest.mark.parametrize("num_dims", [1, 2])
+def test_the_lowest_modes_pass_and_others_do_not(num_dims):
+    side, modes = 12, 3
+    analysis, synthesis = fno.truncated_fourier(side**num_dims, modes, num_dims)
+    field = np.random.default_rng(0).standard_normal((side,) * num_dims)
+    frequency = np.abs(np.fft.fftfreq(side, 1 / side)) < modes
+    kept = frequency if num_dims == 1 else frequency[:, None] & frequency
+    expected = np.fft.ifftn(np.fft.fftn(field) * kept).real
+    np.testing.assert_allclose(synthesis @ analysis @ field.ravel(), expected.ravel(), atol=1e-6)
 
 
 def test_patches_are_what_a_convolution_sees():

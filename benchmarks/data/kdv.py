@@ -1,6 +1,6 @@
 """The Korteweg-de Vries equation, which makes solitons: initial state -> state at time one.
 
-    u_t + 6 u u_x + u_xxx = -0.01 u_xxxx,   x in [0, 32) periodic,   t from 0 to 1
+    u_t - 6 u u_x + u_xxx = -0.01 u_xxxx,   x in [0, 32) periodic,   t from 0 to 1
 
 The small fourth-order term, exponax's default, keeps the sharpest waves on the grid. Generated in
 seconds, so nothing is cached.

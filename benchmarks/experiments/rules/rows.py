@@ -22,14 +22,27 @@ from benchmarks.core.problem import Problem
 from benchmarks.core.runner import MissingError
 from benchmarks.core.timing import interleaved, training_step
 from benchmarks.core.tuner import Values
-from benchmarks.tasks import burgers, images, kdv, tables
+from benchmarks.tasks import burgers, images, operators, sequences, tables
 
-Task = Literal["burgers", "kdv", "rf1", "california", "cifar10", "omniglot"]
+Task = Literal[
+    "burgers",
+    "kdv",
+    "deeponet",
+    "navier_stokes",
+    "lorenz",
+    "rf1",
+    "california",
+    "cifar10",
+    "omniglot",
+]
 OPTIMIZERS = ("SGD", "Adam", "Muon")
 SEEDS = (0, 1, 2, 3, 4)
 BATCH_SIZES: Mapping[Task, tuple[int, ...]] = {
     "burgers": (16, 64, 256),
     "kdv": (16, 64, 256),
+    "deeponet": (64,),
+    "navier_stokes": (64,),
+    "lorenz": (64,),
     "rf1": (128, 1024),
     "california": (128, 1024),
     "cifar10": (128, 1024),
@@ -60,8 +73,10 @@ def make_problem(task: Task, data: Path | None, out: Path) -> Problem:
     """A task, at the size of the preset "cpu" where an experiment of its own has one."""
     if task == "burgers":
         return burgers.make_problem(burgers.SIZES["cpu"], out)
-    if task == "kdv":
-        return kdv.make_problem()
+    if task == "kdv" or task == "deeponet" or task == "navier_stokes":
+        return operators.make_problem(task)
+    if task == "lorenz":
+        return sequences.make_problem()
     if task == "rf1" or task == "california":
         return tables.make_problem(task, data)
     return images.make_problem(task, images.SIZES[task, "cpu"], data)

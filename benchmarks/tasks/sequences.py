@@ -1,4 +1,4 @@
-"""A Fourier neural operator on the Korteweg-de Vries equation."""
+"""A recurrent network on sequences of the Lorenz system."""
 
 from functools import partial
 
@@ -6,28 +6,25 @@ import numpy as np
 
 from benchmarks.core.methods import Batch, Method
 from benchmarks.core.problem import Data, Problem, network
-from benchmarks.data import kdv
-from benchmarks.models.fno import FNO1d
+from benchmarks.data import lorenz
+from benchmarks.models.gru import GRU
 
-MODEL, EPOCHS = FNO1d(num_features=64), 10
-NUM_TRAIN, NUM_VALIDATION = 1024, 200
+MODEL, EPOCHS, NUM_TRAIN, NUM_VALIDATION = GRU(), 8, 2048, 256
 START_RATES = {"SGD": 0.1, "Adam": 0.003, "Muon": 0.01}
 
 
 def load() -> Data:
-    """1024 / 200 / 400 functions on 128 points, of variance one to begin with."""
-    initial, final = kdv.solve_kdv()
-    points = np.broadcast_to(np.linspace(-1, 1, initial.shape[1], dtype=np.float32), initial.shape)
-    inputs, targets = np.stack([initial, points], axis=-1), final[..., None]
-    at = NUM_TRAIN, NUM_TRAIN + NUM_VALIDATION
+    """2048 / 256 / 768 sequences of 64 times, from the 17th on with targets."""
+    inputs, targets = lorenz.sequences()
+    targets, at = targets[:, MODEL.warm_up :], (NUM_TRAIN, NUM_TRAIN + NUM_VALIDATION)
     train, validation, test = zip(np.split(inputs, at), np.split(targets, at), strict=True)
     return Data(Batch(*train), Batch(*validation), Batch(*test))
 
 
 def make_problem() -> Problem:
-    """The equation as a `Problem`; errors in units of u squared."""
+    """Prediction as a `Problem`; errors in units of the coordinates' variance, summed over them."""
     return Problem(
-        settings={"experiment": "kdv", "data": kdv.DEFAULTS._asdict(), "model": repr(MODEL)},
+        settings={"experiment": "lorenz", "data": lorenz.DEFAULTS._asdict(), "model": repr(MODEL)},
         epochs=lambda batch_size: EPOCHS,
         load=load,
         network=partial(network, MODEL),
