@@ -212,7 +212,10 @@ state, (loss1, loss2) = train(lam1=1000.0, lam2=100.0)
 # ## Current and refitted heads
 #
 # The heads in the state are current at every step: `iv.predict` needs nothing else. They have seen one
-# batch after the other, though; `iv.refit` solves both heads on all data with the trained backbones. It
+# batch after the other, though; `iv.refit` solves both heads on all data with the trained backbones. Two
+# things make current heads many times worse than refitted ones: a learning rate that does not decay (the
+# networks move away from the heads just solved) and batch norm (heads fit features of the batch's
+# statistics, and are evaluated with running ones). Let rates decay; with batch norm, refit. `refit`
 # takes any iterables of batches, so the data need not fit in memory. Its `beta` is worth something here:
 # waves of f that are shorter than the scatter of the price around its mean leave no trace in the cost, and
 # only the penalty keeps them out.

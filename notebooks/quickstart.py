@@ -209,5 +209,5 @@ _, errors = train(algorithm_1_step, tx)
 print(f"Adam, closed-form head, Algorithm 1: {errors[-1]:.2e}")
 
 # %% [markdown]
-# Next: the README for NNX, batch norm, sample weights and the table of conventions;
+# Next: the README for NNX, and what to take for what you have (batch norm, sample weights, classes);
 # `python -m benchmarks quickstart` for a Fourier neural operator with SGD, Adam and Muon.

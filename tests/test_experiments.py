@@ -8,6 +8,7 @@ import sys
 import textwrap
 from functools import partial
 
+import chex
 import jax
 import jax.flatten_util
 import numpy as np
@@ -355,13 +356,42 @@ def test_dfiv_runs_and_resumes(tiny_dfiv, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "dfiv.jsonl").read_text().splitlines() == lines
 
 
-def test_dfiv_trains_with_covariates(tiny_dfiv, tmp_path):
+@pytest.mark.parametrize("method", [runs.PROXIMAL, runs.PROXIMAL_RUNNING])
+def test_dfiv_trains_with_covariates(tiny_dfiv, tmp_path, method):
     runner = Runner(Records(tmp_path / "runs.jsonl"))
-    config = runs.Config(runs.PROXIMAL, 16, 1e-3, 100.0, 100.0, 0)
+    config = runs.Config(method, 16, 1e-3, 100.0, 100.0, 0)
     record = runs.Runs("demand", dfiv_task.SIZES["demand", "cpu"], runner).run(config)
     assert record["rounds"] == [1, 2, 3]
     assert np.isfinite(record["test_refitted"]).all()
     assert np.isfinite(record["test_current"]).all()
+
+
+def test_rates_decay_over_the_updates_of_their_stage(tiny_dfiv):
+    task = dfiv_task.load("dsprites", 60, 0, None)
+    networks = dfiv_task.make_networks("dsprites", 0.02, 0, task.train)
+    moved = {}
+    for name in (runs.PROXIMAL_17, runs.PROXIMAL_DECAY):
+        method = runs.make_method(networks, name, (1e-2, 100.0, 100.0), rounds=1)
+        first = method.init(task.train)
+        second, _ = jax.jit(method.round)(first, task.train, task.train)
+        third, _ = jax.jit(method.round)(second, task.train, task.train)
+        moved[name] = [
+            optax.tree.norm(optax.tree.sub(third[stage].params, second[stage].params))
+            for stage in (0, 1)
+        ]
+    assert min(moved[runs.PROXIMAL_17]) > 1e-3
+    assert max(moved[runs.PROXIMAL_DECAY]) == 0  # the run is over
+
+
+def test_running_statistics_train_what_is_evaluated(tiny_dfiv):
+    task = dfiv_task.load("demand", 60, 0, None)
+    networks = dfiv_task.make_networks("demand", 0.2, 0, task.train)
+    before, now = networks.covariate, dfiv_task.with_running_statistics(networks).covariate
+    arguments = before.params, before.stats, task.train.covariate
+    features, stats = now.apply(*arguments, train=True)
+    np.testing.assert_array_equal(features, before.apply(*arguments, train=False)[0])
+    chex.assert_trees_all_equal(stats, before.apply(*arguments, train=True)[1])
+    assert np.abs(features - before.apply(*arguments, train=True)[0]).max() > 0.01
 
 
 def test_published_stage_2_is_the_original(tiny_dfiv):

@@ -76,6 +76,21 @@ def make_networks(design: Design, width_factor: float, seed: int, batch: iv.IVBa
     return iv.Networks(*map(backbone, names, keys))
 
 
+def with_running_statistics(networks: iv.Networks) -> iv.Networks:
+    """Networks of stage 2 whose batch norms train, too, with running statistics: as evaluated."""
+
+    def wrap(backbone: iv.Backbone) -> iv.Backbone:
+        def apply(params: Any, stats: Any, inputs: Any, *, train: bool) -> tuple[jax.Array, Any]:
+            features, _ = backbone.apply(params, stats, inputs, train=False)
+            moved = backbone.apply(params, stats, inputs, train=True)[1] if train else stats
+            return features, jax.lax.stop_gradient(moved)
+
+        return backbone._replace(apply=apply)
+
+    treatment, instrument, covariate = networks
+    return iv.Networks(wrap(treatment), instrument, covariate and wrap(covariate))
+
+
 def batches(data: iv.IVBatch, batch_size: int, rounds: int, seed: int) -> Any:
     """Two batches per round, drawn without replacement from all observations."""
     rng = np.random.default_rng(seed)

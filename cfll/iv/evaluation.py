@@ -38,7 +38,9 @@ def predict(
       state: what was trained; networks are evaluated, ``train=False``.
       treatment: x, (n, ...).
       covariate: c, (n, ...), if there is a covariate network.
-      stage2: another head than the current one, e.g. that of `refit`.
+      stage2: another head than the current one, e.g. that of `refit`. Current heads are several
+        times worse where learning rates have not decayed, and where networks have batch norm: heads
+        fit features of the batch's statistics, which are evaluated with running ones.
 
     Returns:
       Outcomes (n, o).

@@ -2,7 +2,7 @@
 
 Proximal heads, in the order of Eq. (17) and by Algorithm 3, against the original method (ridge
 heads), at several batch sizes, evaluated with the current heads and with heads refitted on all
-data.
+data; at constant rates, as in the paper, and at rates that decay.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from benchmarks.core.records import Records
 from benchmarks.core.runner import Runner, running
 from benchmarks.experiments import Experiment
 from benchmarks.experiments.dfiv.findings import summary_of
-from benchmarks.experiments.dfiv.runs import METHODS, Runs, tune_all
+from benchmarks.experiments.dfiv.runs import DECAYING, METHODS, Runs, tune_all
 from benchmarks.experiments.dfiv.stage2 import times_of
 from benchmarks.reporting.summary import Summary, show
 from benchmarks.tasks.dfiv import SIZES, Design, Preset
@@ -52,7 +52,8 @@ def dfiv(
     """
     size = SIZES[design, preset]
     size = dataclasses.replace(size, batch_sizes=batch_sizes or size.batch_sizes)
-    with running(out, "dfiv", 14 * len(METHODS) * len(size.batch_sizes)) as runner:
+    num_runs = sum(80 if method in DECAYING else 14 for method in METHODS)  # about
+    with running(out, "dfiv", num_runs * len(size.batch_sizes)) as runner:
         found = answer(Runs(design, size, runner, data), out, preset)
     show(found)
 
