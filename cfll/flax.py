@@ -42,9 +42,9 @@ class TrainState(train_state.TrainState):
     Flax's own passes none on, so that `cfll.closed_form_head` never sees its solution.
 
     Attributes:
-      batch_stats: the running statistics of batch norm, or ``None``. With them the head fits
-        features of its batches' statistics: after training solve it once more, on evaluated
-        features (`cfll.GramStats`; the guide "diagnostics" shows it).
+      batch_stats: the running statistics of batch norm, or ``None``. With them, as with dropout,
+        the head fits features that are not those of evaluation: after training solve it once
+        more, on evaluated features (`cfll.GramStats`; the guide "diagnostics" shows it).
 
     Examples:
       >>> import cfll, flax.linen as nn, jax, jax.numpy as jnp, optax

@@ -180,11 +180,11 @@ whole = cfll.prox_solve(jnp.tanh(x @ params["w"]), y, cfll.get_state(opt_state).
 print(jnp.abs(head.kernel - whole.kernel).max())
 
 # %% [markdown]
-# ## Batch norm
+# ## Batch norm, dropout
 #
-# While it trains, a batch norm uses the statistics of the batch; evaluated, it uses running ones. A closed-form
-# head fits the features of its batches closely, and so notices the difference more than a gradient head does:
-# the smaller the batch, the more. Train as ever; then solve the head once more, on features as they are
+# While it trains, a batch norm uses the statistics of the batch; evaluated, it uses running ones. Dropout is
+# noise in training alone. A closed-form head fits the features of its batches closely, and so notices the
+# difference more than a gradient head does: the smaller the batch or the larger the noise, the more. Train as ever; then solve the head once more, on features as they are
 # evaluated: sums over the data in one pass, of any batches. (To solve on evaluated features at *every* step was
 # worse wherever it was tried.) Let learning rates decay, too: with a constant one the backbone moves away from
 # the head that was solved just before.
