@@ -184,10 +184,11 @@ print(jnp.abs(head.kernel - whole.kernel).max())
 #
 # While it trains, a batch norm uses the statistics of the batch; evaluated, it uses running ones. Dropout is
 # noise in training alone. A closed-form head fits the features of its batches closely, and so notices the
-# difference more than a gradient head does: the smaller the batch or the larger the noise, the more. Train as ever; then solve the head once more, on features as they are
-# evaluated: sums over the data in one pass, of any batches. (To solve on evaluated features at *every* step was
-# worse wherever it was tried.) Let learning rates decay, too: with a constant one the backbone moves away from
-# the head that was solved just before.
+# difference more than a gradient head does: the smaller the batch or the larger the noise, the more. Train as
+# ever; then solve the head once more, on features as they are evaluated: sums over the data in one pass, of any
+# batches. (Solved on evaluated features at *every* step, it was worse in the end wherever that was tried.) Let
+# learning rates decay, too: with a constant one the backbone moves away from the head that was solved just
+# before.
 
 
 # %%
