@@ -143,19 +143,6 @@ def test_iv_data_are_deterministic_and_share_their_grid():
     assert (classes.max(0) == [5, 30, 30, 30]).all()
 
 
-def test_original_outcome(tmp_path):
-    path = tmp_path / "dsprite_mat.npy"
-    matrix = np.random.default_rng(0).uniform(size=(4096, 10))
-    np.save(path, matrix)
-    outcome = dsprites.original_outcome(path)
-    images = hearts_at(np.arange(6)).reshape(-1, 4096)
-    expected = (((images @ matrix) ** 2).mean(1) - 5000) / 1000
-    np.testing.assert_allclose(outcome.structural(images)[:, 0], expected, rtol=1e-4)
-    np.testing.assert_array_equal(outcome.confounder(np.array([0, 31])), [-16, 15])
-    data = dsprites.make_iv(10, 0, HEARTS, outcome)
-    assert data.test.structural.shape == (488, 1)
-
-
 # Offline policy evaluation ------------------------------------------------------------------------
 
 
@@ -434,7 +421,6 @@ def test_burgers_says_how_to_convert_hdf5(tmp_path, monkeypatch):
     ("load", "name"),
     [
         (dsprites.read_hearts, dsprites.FILE),
-        (lambda path: dsprites.original_outcome(path / "dsprite_mat.npy"), "dsprite_mat.npy"),
         (cifar.load_cifar10, "data_batch_1"),
         (cifar.load_cifar100, "cifar-100-python"),
         (lambda path: omniglot.load_omniglot(path / "nowhere"), "nowhere"),

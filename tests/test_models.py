@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.models import cnn, deeponet, dfiv, fno, gru, koehler_fno, mlp, resnet
+from benchmarks.models import cnn, deeponet, dfiv, fno, gru, mlp, resnet
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 
@@ -37,7 +37,6 @@ def output_shape(model, inputs_shape, method="__call__"):
     [
         (resnet.ResNet18(), (2, 32, 32, 3), 11_173_962, 512),
         (resnet.ResNet18(width=16), (2, 32, 32, 3), None, 128),
-        (koehler_fno.KoehlerFNO1d(), (2, 256, 2), 541_185, 64),
         (cnn.CNN(), (2, 32, 32, 3), None, 256),
         (cnn.CNN(widths=(8, 16), num_features=24), (2, 28, 28, 1), None, 24),
         (cnn.CNN(widths=(64, 128), patch=4), (2, 32, 32, 3), None, 256),
@@ -47,9 +46,8 @@ def output_shape(model, inputs_shape, method="__call__"):
 def test_sizes_and_shapes(model, inputs, size, num_features):
     if size is not None:
         assert num_params(model, inputs) == size
-    leading = inputs[:2] if isinstance(model, koehler_fno.KoehlerFNO1d) else inputs[:1]
-    assert output_shape(model, inputs, "features") == (*leading, num_features)
-    assert output_shape(model, inputs) == (*leading, model.num_outputs)
+    assert output_shape(model, inputs, "features") == (inputs[0], num_features)
+    assert output_shape(model, inputs) == (inputs[0], model.num_outputs)
 
 
 @pytest.mark.parametrize(
@@ -102,21 +100,6 @@ def test_patches_are_what_a_convolution_sees():
     np.testing.assert_allclose(cnn.split_patches(x, 4), expected, rtol=1e-5)
     with pytest.raises(ValueError, match="divisor"):
         cnn.split_patches(x, 3)
-
-
-def test_koehler_features_are_not_negative_on_any_grid():
-    model = koehler_fno.KoehlerFNO1d(width=4, modes=2, depth=1)
-
-    @jax.jit
-    def features(x):
-        inputs = jnp.stack([jnp.sin(x), x], axis=-1)[None]
-        variables = model.init(jax.random.key(0), inputs)
-        return model.apply(variables, inputs, method="features")
-
-    for points in (64, 32):
-        values = features(jnp.linspace(0, 2 * jnp.pi, points, endpoint=False))
-        assert values.shape == (1, points, 4)
-        assert values.min() == 0 < values.max()
 
 
 def test_blocks_train_by_batch_statistics_and_evaluate_by_averages():

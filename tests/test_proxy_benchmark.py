@@ -47,8 +47,8 @@ def test_a_heart_at_the_same_height_is_the_outcome_proxy_of_dsprites():
     np.testing.assert_allclose(z[:, 0] * 10, np.round(z[:, 0] * 10), atol=1e-5)  # scales .5 to 1
     factor = (np.arange(32) - 15.5) ** 2 / 85.25
     assert factor.mean() == 1  # so f is the mean of the bridge
-    ratio = y / dsprites.PAPER.structural(treatment)
-    assert (ratio[np.abs(dsprites.PAPER.structural(treatment)) > 5] > -0.5).all()
+    ratio = y / dsprites.structural(treatment)
+    assert (ratio[np.abs(dsprites.structural(treatment)) > 5] > -0.5).all()
 
 
 def test_standardized_data_come_back():

@@ -39,15 +39,6 @@ Hearts = Callable[[np.ndarray], np.ndarray]
 They are 0 or 1. Pixels are in reading order (row * 64 + column, rows from the top)."""
 
 
-class Outcome(NamedTuple):
-    """How the outcome comes about."""
-
-    # F, what is to be learned; images (n, 4096) -> (n, 1).
-    structural: Callable[[np.ndarray], np.ndarray]
-    # What the hidden variable adds; classes of posY (n,) -> (n,).
-    confounder: Callable[[np.ndarray], np.ndarray]
-
-
 class Train(NamedTuple):
     """What is observed, all float32."""
 
@@ -160,32 +151,18 @@ def read_hearts(path: Path) -> Hearts:
     return hearts
 
 
-def _paper_structural(images: np.ndarray) -> np.ndarray:
+def structural(images: np.ndarray) -> np.ndarray:
+    """Equation (46), what is to be learned: ((vec(B)^T X)^2 - 3000) / 500; (n, 4096) -> (n, 1)."""
     weights = np.abs(32 - np.arange(SIDE, dtype=np.float32)) / 32  # by column, equal in all rows
     return ((images @ np.tile(weights, SIDE))[:, None] ** 2 - 3000) / 500
 
 
-PAPER = Outcome(
-    structural=_paper_structural, confounder=lambda pos_y: 32 * (pos_y / (CLASSES[3] - 1) - 0.5)
-)
-"""Equations (46) and (47): f = ((vec(B)^T X)^2 - 3000) / 500, confounder 32 (posY - 0.5)."""
+def confounder_of(pos_y: np.ndarray) -> np.ndarray:
+    """Equation (47), what the hidden variable adds: 32 (posY - 0.5), of the classes of posY."""
+    return 32 * (pos_y / (CLASSES[3] - 1) - 0.5)
 
 
-def original_outcome(path: Path) -> Outcome:
-    """The outcome of Xu et al. (2020): f = (mean_k (A_k X)^2 - 5000) / 1000, nearly constant.
-
-    The path is of dsprite_mat.npy, the matrix A of shape (4096, 10).
-    """
-    source = "https://github.com/liyuan9988/DeepFeatureIV (data/dsprite_mat.npy)"
-    matrix = np.load(require(path, "the matrix A as .npy, shape (4096, 10)", source))
-    matrix = matrix.astype(np.float32)
-    return Outcome(
-        structural=lambda x: ((x @ matrix) ** 2).mean(axis=1, keepdims=True) / 1000 - 5,
-        confounder=lambda pos_y: pos_y - 16.0,
-    )
-
-
-def make_iv(num_train: int, seed: int, hearts: Hearts, outcome: Outcome = PAPER) -> IVData:
+def make_iv(num_train: int, seed: int, hearts: Hearts) -> IVData:
     """Draw observations (the paper: 10,000); the grid and its split are the same for every seed.
 
     Hearts are `read_hearts(path)` or `render_hearts()`. The grid is 588 clean images: 100 to
@@ -195,16 +172,16 @@ def make_iv(num_train: int, seed: int, hearts: Hearts, outcome: Outcome = PAPER)
     classes = rng.integers(CLASSES, size=(num_train, 4))
     treatment = hearts(classes)
     treatment += np.float32(NOISE) * rng.standard_normal(treatment.shape, np.float32)
-    confounder = outcome.confounder(classes[:, 3:])
+    confounder = confounder_of(classes[:, 3:])
     noise = rng.normal(scale=0.5, size=(num_train, 1))  # 0.5 read as the standard deviation
     train = Train(
         treatment=treatment,
         instrument=latent_values(classes)[:, :3].astype(np.float32),
         # f of the noisy image: the treatment is what is seen, not what was drawn.
-        outcome=(outcome.structural(treatment) + confounder + noise).astype(np.float32),
+        outcome=(structural(treatment) + confounder + noise).astype(np.float32),
     )
     images = hearts(grid_classes())
-    truth = outcome.structural(images).astype(np.float32)
+    truth = structural(images).astype(np.float32)
     order = np.random.default_rng(0).permutation(len(images))
     validation, test = (
         Grid(images[part], truth[part]) for part in np.split(order, [NUM_VALIDATION])

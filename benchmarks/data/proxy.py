@@ -134,13 +134,11 @@ def make_dsprites(num_train: int, seed: int, hearts: dsprites.Hearts) -> ProxyDa
         for each in (classes, fixed)
     )
     factor = (classes[:, 3:] - 15.5) ** 2 / 85.25
-    outcome = dsprites.PAPER.structural(treatment) * factor + rng.normal(
-        scale=0.5, size=(num_train, 1)
-    )
+    outcome = dsprites.structural(treatment) * factor + rng.normal(scale=0.5, size=(num_train, 1))
     proxy = dsprites.latent_values(classes)[:, :3]
     arrays = (treatment, proxy, outcome_proxy, outcome)
     images = hearts(dsprites.grid_classes())
-    grid = Grid(images, dsprites.PAPER.structural(images).astype(np.float32))
+    grid = Grid(images, dsprites.structural(images).astype(np.float32))
     return ProxyData(Train(*(array.astype(np.float32) for array in arrays)), grid)
 
 
