@@ -12,7 +12,6 @@
 # ---
 
 # %% [markdown]
-# %% [markdown]
 # # Choosing `lam`, or letting it choose itself
 #
 # `lam` says how near the new head stays to the old one. This guide shows what it does where there is no
