@@ -12,7 +12,6 @@
 # ---
 
 # %% [markdown]
-# %% [markdown]
 # # Predictions that know their error, and targets that are missing
 #
 # A linear head with Gaussian noise has a posterior in closed form. This guide trains a small network on
