@@ -32,6 +32,12 @@ from benchmarks.experiments.rules.rows import (
 )
 from benchmarks.reporting.summary import Claim, Summary, Table, show
 
+TASKS = (
+    "Tasks: Fourier neural operators on Burgers' equation, on Korteweg and de Vries', and on "
+    "Navier and Stokes' in two dimensions; a DeepONet on Burgers'; lorenz, a recurrent network "
+    "that sees one coordinate of the Lorenz system and predicts all three; rf1 and california, "
+    "tables for a perceptron; cifar10 and omniglot, convolutional networks. "
+)
 RUNS_PER_ROW = 26  # about; what the progress bar expects
 Part = tuple[list[Table], list[Claim], list[tuple[str, ...]]]
 
@@ -65,7 +71,8 @@ def page(parts: Iterable[Part]) -> Summary:
     return Summary(
         title="Which head to take",
         command="python -m benchmarks rules --task <task>",
-        setup="`cfll.prox(lam)` and `cfll.adaptive_prox()`, in the order of Eq. (17), against "
+        setup=TASKS
+        + "`cfll.prox(lam)` and `cfll.adaptive_prox()`, in the order of Eq. (17), against "
         "gradient heads whose rate is 1e-4 to 1e3 times the backbone's, started at zero or as "
         "LeCun; with a squared loss, and for classes with cross entropy, too, against "
         "`cfll.softmax(lam)`. Every row has the same budget: 20 runs of a joint search over half "
