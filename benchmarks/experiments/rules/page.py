@@ -169,7 +169,10 @@ def glance_rows(task: Task, found: Found) -> list[tuple[str, ...]]:
         if ours is None or theirs is None:
             return ""
         mean, baseline = ours.final.mean(), theirs.final.mean()
-        text = f"{mean - baseline:+.3f}" if task in CLASSIFIERS else f"{mean / baseline:.2f}"
+        ratio = mean / baseline
+        text = f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
+        if task in CLASSIFIERS:
+            text = f"{mean - baseline:+.3f}"
         return text + (" (level)" if level(ours, theirs) else "")
 
     rows = []
