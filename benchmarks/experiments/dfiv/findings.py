@@ -43,8 +43,8 @@ REASONS = (
     "What is left is batch norm: a head fits features of its batch's statistics, and is evaluated "
     "with running ones. Where stage 2 trains with running ones, too, current heads on the demand "
     "design are about a half worse than refitted ones instead of several times, but the refitted "
-    "ones lose more; so let rates decay, and refit. A search along one axis after the other leaves wide "
-    "intervals. Not shown: what the paper's rounds and widths would give."
+    "ones lose more; so let rates decay, and refit. A search along one axis after the other leaves "
+    "wide intervals. Not shown: what the paper's rounds and widths would give."
 )
 
 
