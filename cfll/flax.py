@@ -44,7 +44,8 @@ class TrainState(train_state.TrainState):
     Attributes:
       batch_stats: the running statistics of batch norm, or ``None``. With them, as with dropout,
         the head fits features that are not those of evaluation: after training solve it once
-        more, on evaluated features (`cfll.GramStats`; the guide "diagnostics" shows it).
+        more, on evaluated features (the guide "diagnostics" shows it: `cfll.GramStats` for the
+        squared loss, the rule itself for others).
 
     Examples:
       >>> import cfll, flax.linen as nn, jax, jax.numpy as jnp, optax

@@ -165,13 +165,19 @@ def backbone_mask(params: Any, head: HeadPath) -> Any:
     return tree_map_with_path(lambda keys, _: _role(keys, path) is None, params)
 
 
-def check_anchor(anchor: Any, d: int, o: int) -> None:
-    """Refuse what is not a head of d features and o outputs."""
+def as_plain(value: Any) -> Any:
+    """What stands for an array, an ``nnx.Variable``, as that array; all else as it is."""
+    return jnp.asarray(value) if hasattr(value, "__jax_array__") else value
+
+
+def check_anchor(anchor: Any, d: int, o: int) -> LinearHead:
+    """A head of d features and o outputs, of plain arrays; all else is refused."""
     if not isinstance(anchor, LinearHead):
         raise TypeError(
             f"anchor is a {type(anchor).__name__}; write cfll.LinearHead(kernel, bias) with a "
             "kernel of shape (d, o), or cfll.get_head(params, 'head')."
         )
+    anchor = LinearHead(*map(as_plain, anchor))
     if jnp.iscomplexobj(anchor.kernel) or jnp.iscomplexobj(anchor.bias):
         raise TypeError("anchor is complex, but heads are real: write anchor.kernel.real.")
     kernel, bias = jax.tree.map(jnp.shape, tuple(anchor))
@@ -180,6 +186,7 @@ def check_anchor(anchor: Any, d: int, o: int) -> None:
             f"anchor has a kernel of shape {kernel} and a bias of shape {bias}, but features and "
             f"targets ask for {(d, o)}: write cfll.LinearHead.zeros({d}, {o})."
         )
+    return anchor
 
 
 def check_same_head(expected: LinearHead, given: LinearHead, name: str) -> None:

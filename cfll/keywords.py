@@ -4,12 +4,14 @@ Optax hands all keywords to everybody; line searches and SAM refuse those of a c
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial, wraps
 from typing import Any
 
 import jax
 import optax
+
+from cfll import heads
 
 # What optax.inject_hyperparams closes over: it makes its transformation in the update, and nobody
 # can know what that names.
@@ -54,6 +56,26 @@ def check(path, targets, feature_fn, features, solution, sample_weight, addresse
             f"feature_fn is a {type(feature_fn).__name__}, not a function of the parameters. Pass "
             f"arrays as features=..., or write {EXAMPLE}."
         )
+
+
+def of_head(value: Any, path: str) -> Any:
+    """A keyword's value for the head at a path; dictionaries have one for each of several heads."""
+    if not isinstance(value, Mapping):
+        return value
+    return {heads.join_path(key): one for key, one in value.items()}.get(path)
+
+
+def check_addresses(params: Any, by_head: Mapping[str, Any]) -> None:
+    """Refuse dictionaries over heads with an address where there is none: nobody would take it."""
+    for name, value in by_head.items():
+        for key in value if isinstance(value, Mapping) else ():
+            try:
+                heads.get_head(params, key)
+            except ValueError as error:
+                raise TypeError(
+                    f"{name} is a dictionary with the key {key!r}, but there is no head in the "
+                    "parameters at that path. Its keys are the paths that cfll.closed_form got."
+                ) from error
 
 
 def parameters_of(start: Iterable[Any]) -> set[str]:

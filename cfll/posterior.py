@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from cfll.heads import LinearHead, check_anchor, widest_dtype
+from cfll.samples import check_batch
 from cfll.solve.cholesky import dot
 from cfll.solve.problem import add
 from cfll.stats import GramStats, center, share_rounded
@@ -86,7 +87,13 @@ class Posterior(NamedTuple):
         A backbone that fits noise leaves residuals on its training rows that are too small. The
         factor is the mean of (target - mean)^2 / variance over features (..., d), targets (..., o).
         """
+        features, targets = check_batch(features, targets, None)
         mean, variance = self.predict(features)
+        if targets.shape != mean.shape:
+            raise ValueError(
+                f"targets has shape {targets.shape}, but the head has {mean.shape[-1]} outputs: "
+                f"write targets of shape {mean.shape}."
+            )
         factor = jnp.square(jnp.asarray(targets, mean.dtype) - mean) / variance
         factor = jnp.mean(factor.reshape(-1, factor.shape[-1]), axis=0)
         noise = self.noise_variance * factor
@@ -151,7 +158,7 @@ def bayesian_ridge(
     d, o = stats.cross.shape
     if anchor is None:
         anchor = LinearHead.zeros(d, o, stats.feature_sum is not None, stats.gram.dtype)
-    check_anchor(anchor, d, o)
+    anchor = check_anchor(anchor, d, o)
     if (anchor.bias is None) != (stats.feature_sum is None):
         raise ValueError(
             "anchor and statistics disagree about a bias: write GramStats.zeros(d, o, "

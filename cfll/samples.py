@@ -91,6 +91,9 @@ def is_per_output(sample_weight: Any, targets: Any) -> bool:
 
 def _check_weights(sample_weight: Any, samples: Shape, targets: Shape, per_output: bool) -> None:
     """Refuse weights that are not one number per sample (or leading axis), or per target."""
+    if isinstance(sample_weight, list | tuple):
+        kind = type(sample_weight).__name__
+        raise TypeError(f"sample_weight is a {kind}; write jnp.asarray(sample_weight).")
     shape = jnp.shape(sample_weight)
     if shape == targets and not per_output:
         raise ValueError(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cfll import samples
-from cfll.heads import LinearHead, check_anchor, widest_dtype
+from cfll.heads import LinearHead, as_plain, check_anchor, widest_dtype
 from cfll.moments import Centered, Moments, Pair, around, around_zero
 from cfll.solve import Route, SolveInfo
 from cfll.solve.cholesky import cho_solve, cholesky_with_rcond, dot, dot_over_rows
@@ -160,7 +160,7 @@ class GramStats(NamedTuple):
           ValueError, TypeError: while tracing, for an anchor or a penalty that does not fit.
         """
         d, o = self.cross.shape
-        check_anchor(anchor, d, o)
+        anchor, penalty = check_anchor(anchor, d, o), as_plain(penalty)
         has_bias = self.feature_sum is not None
         if (anchor.bias is not None) != has_bias:
             raise ValueError(

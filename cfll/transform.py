@@ -112,12 +112,20 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
         heads.check_same_head(state.anchor, old, f"the head at {head!r} in params")
         mask = heads.backbone_mask(params, head)
 
+        by_head = {
+            "targets": targets,
+            "feature_fn": feature_fn,
+            "features": features,
+            "sample_weight": sample_weight,
+            "solution": solution,
+        }
         targets, feature_fn, features, sample_weight, given = (
-            value.get(path) if isinstance(value, Mapping) else value
-            for value in (targets, feature_fn, features, sample_weight, solution)
+            keywords.of_head(value, path) for value in by_head.values()
         )
         addressed = list(solution) if isinstance(solution, Mapping) else []
         keywords.check(path, targets, feature_fn, features, given, sample_weight, addressed)
+        if not _has_masked_nodes(params):
+            keywords.check_addresses(params, by_head)
         if given is not None:
             new = _as_solution(given, rule, state, path, None if addressed else params)
         else:

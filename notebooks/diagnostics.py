@@ -44,7 +44,7 @@ import cfll
 #
 # | field | meaning |
 # |---|---|
-# | `accepted`, `skipped` | a head that is not finite (NaN batch, even in one output) is not used: the old one stays, the backbone's update passes, the event is counted. Protect the backbone with `optax.apply_if_finite` |
+# | `accepted`, `skipped` | a head that is not finite (NaN batch, even in one output) is not used: the old one stays, the backbone's update passes, the event is counted. Protect the backbone with `optax.apply_if_finite`: then it counts, and the head never sees the batch |
 # | `solve.route`, `solve.rcond` | how it was solved; `cfll.Route(info.route)` prints the name. `qr` after `auto`: singular to working precision, as dead or repeated features make it. `given`: a `LinearHead` of your own came as `solution`. A Cholesky solve errs by about 1e-7 / `rcond` before refinement |
 # | `solve.iterations`, `solve.residual` | of `cfll.CG`, else 0. A residual above the tolerance: not finished |
 # | `drift` | something else moves the head's parameters: a transformation *after* `closed_form_head`, or parameters replaced without `tx.init` |
@@ -157,7 +157,7 @@ plt.show()
 # |---|---|
 # | `optax.chain`, `named_chain`, `inject_hyperparams`, `apply_if_finite` | work; put the head last in a chain |
 # | line searches (`optax.lbfgs`), `optax.contrib.sam` | work as the backbone's optimizer: `cfll.closed_form(optax.lbfgs(), rule)` hands them only what they or their functions name, `tx.update(..., solution=solution, value=loss, grad=grads, value_fn=lambda p: loss_fn(p)[0])`. Around the head or beside it in your own `optax.chain` Optax 0.2.8 refuses the head's keywords |
-# | `optax.contrib.schedule_free`, `mechanize`, `optax.ema` | work as the backbone's optimizer; around or after the head they average it, too: `drift` shows it |
+# | `optax.contrib.schedule_free`, `mechanize`, `optax.ema` | work as the backbone's optimizer; around or after the head they average it, too: `drift` shows it. The averaged backbone of the first: `hidden = params \| {"head": jax.tree.map(lambda _: optax.MaskedNode(), params["head"])}`, `optax.contrib.schedule_free_eval_params(opt_state[0].inner_state, hidden) \| {"head": params["head"]}`; then solve the head once more, see below |
 # | `optax.lookahead` | refuses keywords: bind them, `optax.lookahead(optax.GradientTransformation(tx.init, partial(tx.update, solution=solution)), ...)`. It averages the head at each synchronization (`drift`). Not inside `closed_form` |
 # | `optax.contrib.prodigy`, normalized gradients (SAM) | in the order of Eq. (17) as they are. In Algorithms 1 and 2 a head of zeros gives the backbone a first gradient of zero, and 0 / 0 is NaN: every head is rejected from then on (`skipped` counts). A line search stays where it is. Solve a first head before training: `cfll.set_head(params, "head", cfll.prox_solve(...))` |
 # | `optax.MultiSteps` | the head is solved on the last micro-batch only; for all of them add to `cfll.GramStats` and pass `solution=stats.prox(cfll.get_state(opt_state).anchor, lam)`. Put it outermost: inside a chain it drops keywords |
@@ -186,9 +186,10 @@ print(jnp.abs(head.kernel - whole.kernel).max())
 # noise in training alone. A closed-form head fits the features of its batches closely, and so notices the
 # difference more than a gradient head does: the smaller the batch or the larger the noise, the more. Train as
 # ever; then solve the head once more, on features as they are evaluated: sums over the data in one pass, of any
-# batches. (Solved on evaluated features at *every* step, it was worse in the end wherever that was tried.) Let
-# learning rates decay, too: with a constant one the backbone moves away from the head that was solved just
-# before.
+# batches. (Solved on evaluated features at *every* step, it was worse in the end wherever that was tried.) Sums
+# are for the squared loss. With `cfll.softmax` and the other losses take a few steps of the rule instead, on
+# evaluated features of as many rows as fit: `rule.loss(features, targets, head_state)[1].head`. Let learning
+# rates decay, too: with a constant one the backbone moves away from the head that was solved just before.
 
 
 # %%

@@ -171,6 +171,7 @@ figure.tight_layout()
 # * Ridge (`cfll.ridge(beta)`) is for batches that represent the data set; it forgets everything else.
 # * It may be a schedule, a vector of shape (d,) or a matrix. `optax.inject_hyperparams` works:
 #   `optax.inject_hyperparams(lambda lam: cfll.closed_form(optax.sgd(0.1), cfll.prox(lam)))(lam=10.0)`, and in the
-#   loss `cfll.prox(opt_state.hyperparams["lam"])`.
+#   loss `cfll.prox(opt_state.hyperparams["lam"])`, for numbers; a schedule goes to `cfll.prox` itself, since
+#   Optax would show the loss its value of the step before.
 # * Start a classifier's head at zeros: LeCun's, Xavier's and He's starts are behind in our runs
 #   (`python -m benchmarks ablations`).

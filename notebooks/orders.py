@@ -298,5 +298,6 @@ for count in range(5):
 # | L_B | `rule.loss`, `prox_loss` | *mean* over samples, sum over outputs, so rates do not depend on the batch size |
 #
 # The bias is penalized as in the paper, with the mean of the diagonal of `lam`; `penalize_bias=False` leaves it
-# free, as scikit-learn does. `sample_weight` of zero is a row that is not there, even if it holds NaN. bfloat16
-# and float16 features are accumulated and solved in float32.
+# free, as scikit-learn does. `sample_weight` of zero is a row that is not there, even if features or
+# targets hold NaN there. (A NaN in the network's *inputs* makes the backbone's gradient NaN all the same: pad
+# inputs with zeros.) bfloat16 and float16 features are accumulated and solved in float32.

@@ -128,3 +128,47 @@ def test_a_line_search_takes_what_its_function_takes(standard_promotion):
 def test_statistics_move_once():
     state = linen_step(PLAIN)
     assert float(jnp.abs(state.batch_stats["norm"]["mean"]).max()) > 0
+
+
+PARAMS = {"w": jnp.eye(3), "a": {"kernel": jnp.zeros((3, 1))}, "b": {"kernel": jnp.zeros((3, 1))}}
+
+
+@pytest.mark.parametrize("name", ["sample_weight", "solution"])
+def test_an_address_without_a_head_is_refused(name):
+    inner = cfll.closed_form(optax.sgd(0.1), RULE, "a")
+    tx = cfll.closed_form(inner, RULE, "b")
+    state = tx.init(PARAMS)
+    if name == "solution":
+        keywords = {key: RULE.loss(X, Y, cfll.get_state(state, key))[1] for key in "ab"}
+        right, wrong = {"solution": keywords}, {"solution": {**keywords, "c": keywords["a"]}}
+    else:
+        right = {"targets": Y, "features": X, "sample_weight": {("b",): jnp.zeros(8)}}
+        wrong = {**right, "sample_weight": {"c": jnp.zeros(8)}}
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), state, PARAMS, **right)
+    assert jnp.any(updates["a"]["kernel"])
+    assert jnp.any(updates["b"]["kernel"]) == (name == "solution")  # weights of zero: no data
+    with pytest.raises(TypeError, match=f"{name} is a dictionary with the key 'c'"):
+        tx.update(PARAMS, state, PARAMS, **wrong)
+
+
+def test_variables_of_nnx_are_arrays_everywhere():
+    model = Nnx(nnx.Rngs(0))
+    tx = optax.inject_hyperparams(lambda lam: cfll.closed_form(optax.sgd(0.1), cfll.prox(lam)))
+    optimizer = cfll.flax.Optimizer(model, tx(lam=2.0), wrt=nnx.Param)
+    features, state = model.features(X), cfll.get_state(optimizer)
+    expected = cfll.prox_solve(features, Y, state.anchor, 2.0).kernel
+
+    lam = optimizer.opt_state.hyperparams["lam"]
+    assert callable(lam)  # and no schedule
+    anchor = cfll.LinearHead(model.head.kernel, model.head.bias)
+    stats = cfll.GramStats.zeros(4, 1).add(features, Y)
+    for kernel in (
+        cfll.prox(lam).loss(features, Y, state)[1].head.kernel,
+        cfll.prox_solve(features, Y, anchor, lam).kernel,
+        stats.prox(anchor, lam).kernel,
+    ):
+        assert jnp.allclose(kernel, expected, rtol=1e-4)
+    (one, _), (two, _) = (cfll.bayesian_ridge(stats, head) for head in (anchor, state.anchor))
+    assert jnp.allclose(one.head.kernel, two.head.kernel)
+    loss, _ = cfll.poisson(lam).loss(features, Y, state)
+    assert loss == cfll.poisson(2.0).loss(features, Y, state)[0]

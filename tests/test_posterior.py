@@ -137,6 +137,10 @@ def test_rows_held_out_rescale_each_output():
     expected = posterior.rescaled(*rows)
     np.testing.assert_allclose(right.variances, expected.variances, rtol=1e-4)
     np.testing.assert_allclose(right.noise_variance, expected.noise_variance, rtol=1e-4)
+    with pytest.raises(ValueError, match="Write targets"):  # (n,) and (n, o) would broadcast
+        wrong.rescaled(rows[0], rows[1][:, 0])
+    with pytest.raises(ValueError, match="outputs"):
+        wrong.rescaled(rows[0], jnp.concatenate([rows[1], rows[1]], axis=1))
 
 
 def test_data_without_signal_noise_or_samples():

@@ -602,6 +602,7 @@ F, Y = np.ones((6, 4), np.float32), np.ones((6, 2), np.float32)
         (lambda: cfll.ridge_solve(F, Y, 1.0, solver="svd"), ValueError, ["'svd'", "'dual'"]),
         (lambda: cfll.ridge_solve(F, Y, 1.0, sample_weight=np.ones(5)), ValueError, ["(5,)"]),
         (lambda: cfll.ridge_solve(F, Y, 1.0, sample_weight=-np.ones(6)), ValueError, ["negative"]),
+        (lambda: cfll.ridge_solve(F, Y, 1.0, sample_weight=[1.0] * 6), TypeError, ["jnp.asarray("]),
         (
             lambda: cfll.prox_solve(F, Y, cfll.LinearHead.zeros(4, 3), 1.0),
             ValueError,

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cfll.heads import widest_dtype
+from cfll.heads import as_plain, widest_dtype
 from cfll.losses import penalized_loss
 from cfll.rules.rule import AxisName, Penalty, Rule, Solution, penalty_state
 from cfll.solve import CG, penalized_solve
@@ -18,6 +18,7 @@ def penalized_rule(
     """The rule with the penalty "lam", around the anchor, or "beta", around zero."""
     if axis_name and solver != "auto":
         raise ValueError(f"with axis_name heads are solved from sums: leave out solver={solver!r}.")
+    penalty = as_plain(penalty)  # an nnx.Variable is callable, but no schedule
 
     def anchor_of(state):
         return state.anchor if name == "lam" else None

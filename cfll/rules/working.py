@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from cfll import samples
-from cfll.heads import LinearHead, check_anchor, widest_dtype
+from cfll.heads import LinearHead, as_plain, check_anchor, widest_dtype
 from cfll.rules.rule import Penalty, Rule, Solution, penalty_state
 from cfll.solve import CG, SolveInfo, penalized_solve
 from cfll.solve.problem import Problem, as_penalty, bias_penalty_of, check_penalty
@@ -155,6 +155,7 @@ def huber(
 def _rule(loss: Loss, lam: Penalty, steps: int, penalize_bias: bool, solver: str | CG) -> Rule:
     if not (type(steps) is int and steps > 0):
         raise ValueError(f"steps is {steps!r}; write a positive whole number, e.g. 1.")
+    lam = as_plain(lam)  # an nnx.Variable is callable, but no schedule
 
     def prepare(features, targets, state, sample_weight, penalty) -> Any:
         """Problem, and targets (n, o) and anchor, in one dtype."""

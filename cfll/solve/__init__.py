@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from cfll import samples
-from cfll.heads import LinearHead, check_anchor, widest_dtype
+from cfll.heads import LinearHead, as_plain, check_anchor, widest_dtype
 from cfll.solve.auto import choose_solver
 from cfll.solve.cg import CG
 from cfll.solve.derivative import solve_correction
@@ -63,7 +63,8 @@ def ridge_solve(
       penalize_bias: whether the intercept is penalized as the paper does; ``False`` leaves it free,
         as scikit-learn does.
       sample_weight: weights of the samples, shape of the leading axes or of the first of them. A
-        row of weight zero is a row that is not there, even if it holds NaN. Or of the targets'
+        row of weight zero is a row that is not there, even if it holds NaN (inputs of the backbone
+        must be finite, or its gradient is not). Or of the targets'
         shape (..., o), where targets are missing: ``jnp.isfinite(targets)``. Each output is then
         solved by itself, which takes o factorizations.
       solver: "auto", "primal", "dual", "qr" or "cg"; see `cfll.solve`. Only "auto"
@@ -179,9 +180,9 @@ def penalized_solve(
     features, targets = samples.check_batch(features, targets, sample_weight, per_output=True)
     d, o = features.shape[-1], targets.shape[-1]
     if anchor is not None:
-        check_anchor(anchor, d, o)
+        anchor = check_anchor(anchor, d, o)
         use_bias = anchor.bias is not None
-    rows = features.size // d
+    rows, penalty = features.size // d, as_plain(penalty)
     check_penalty(name, penalty, d, rows, use_bias and not penalize_bias)
     chosen = _choose(solver, rows, d, penalty)
     options = (chosen, use_bias, penalize_bias)
