@@ -140,7 +140,7 @@ def test_rows_held_out_rescale_each_output():
     with pytest.raises(ValueError, match="Write targets"):  # (n,) and (n, o) would broadcast
         wrong.rescaled(rows[0], rows[1][:, 0])
     with pytest.raises(ValueError, match="outputs"):
-        wrong.rescaled(rows[0], jnp.concatenate([rows[1], rows[1]], axis=1))
+        wrong.rescaled(rows[0], jnp.concatenate([rows[1], rows[1]], axis=-1))
 
 
 def test_data_without_signal_noise_or_samples():
