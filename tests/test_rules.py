@@ -549,7 +549,8 @@ def test_a_solution_goes_to_its_own_head_only():
     [
         ({"solution": None}, "got none for the head at 'head'"),
         ({"solution": {"kernel": X}}, "keys ['kernel'], none of which is the path of the head"),
-        ({"solution": {("head",): X}}, "write solution={'head': ...}"),
+        ({"solution": {("other",): X}}, "write solution={'head': ...}"),
+        ({"solution": {("head",): X}}, "write loss, solution ="),
         ({"solution": (1.0, cfll.LinearHead.zeros(5, 2))}, "a tuple; write loss, solution ="),
         ({"solution": X}, "write loss, solution ="),
         (
