@@ -107,6 +107,7 @@ def test_a_filter_in_numpy(x64, process_noise, forgetting, sizes, has_bias, dtyp
     np.testing.assert_allclose(variance, noise * (1 + of_head), rtol=10 * rtol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_all_batches_are_ridge_on_all_data(has_bias):
     batches = batches_of([4] * 20)

@@ -66,6 +66,7 @@ def normal_equations(phi, y, anchor, lam):
     return w + jnp.linalg.solve(phi.T @ phi + lam * jnp.eye(len(w)), phi.T @ (y - phi @ w))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prox", "ridge"])
 def test_derivatives_of_all_orders_are_those_of_the_loss_through_the_solve(x64, kind):
     params = make_params(jnp.float64)

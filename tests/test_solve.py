@@ -271,6 +271,7 @@ def test_auto_survives_what_cholesky_does_not(n, d, lam, kind, penalize_bias):
     assert cfll.Route(info.route) == cfll.Route.QR or n < d  # visible to the caller
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [0, 1, 3])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_no_data_keeps_the_anchor(n, solver):
@@ -672,6 +673,7 @@ def test_inside_shard_map(solver, n, d):
     assert relative_error(stack(head), expected) < 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [*SOLVERS, cfll.CG(tolerance=1e-6)])
 def test_derivatives_by_what_devices_share(solver):
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

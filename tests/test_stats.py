@@ -21,6 +21,7 @@ W[::7] = 0
 close = partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("cuts", [[], [10], [1, 2, 30, 59], list(range(1, 60))])
 def test_any_chunking_equals_one_call(cuts, use_bias):
@@ -35,6 +36,7 @@ def test_any_chunking_equals_one_call(cuts, use_bias):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalize_bias", [True, False])
 @pytest.mark.parametrize("lam", [0.5, np.linspace(0.1, 1, 8), np.eye(8) + 0.1])
 def test_prox_equals_the_kernel(lam, penalize_bias):
