@@ -78,7 +78,6 @@ def report(tmp_path_factory):
     return report
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("solve", ["jit, prox_solve", "jit, GramStats", "shard_map, GramStats"])
 def test_the_head_of_eight_devices_is_that_of_one(report, solve):
     result = report["solves"][solve]
