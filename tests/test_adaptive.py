@@ -45,7 +45,7 @@ def step(rule, state, x, y, weights=None):
 
 
 def validated(x, y, weights, head, lam, turn):
-    """The error on one half of the other's head, and d log(error) / d log(lam)."""
+    """The error on one half of the other's head, d log(error) / d log(lam), and that head."""
 
     def rows(part):
         halves = [a[part : len(a) // 2 * 2 : 2] for a in (x, y, weights)]
@@ -59,7 +59,7 @@ def validated(x, y, weights, head, lam, turn):
     z, targets, w = rows(1 - turn)
     left = targets - z @ (head + step)
     error = np.sum(w * left**2)
-    return error, -2 * np.sum(w * left * (z @ change)) / error
+    return error, -2 * np.sum(w * left * (z @ change)) / error, head + step
 
 
 @pytest.mark.slow
@@ -75,10 +75,15 @@ def test_lam_descends_on_the_error_of_the_other_half(x64, n, points, d):
         anchor = np.vstack(state.anchor)
         validate = partial(validated, x, y, w, anchor, turn=count % 2)
         if lam is None:
-            candidates = 300 * norm * 4.0 ** -np.arange(5)
-            errors = [validate(lam=candidate)[0] for candidate in candidates]
-            lam = candidates[np.argmax(errors <= 1.05 * min(errors))]
-        _, slope = validate(lam=lam)
+            candidates = 300 * norm * 4.0 ** -np.arange(12)
+            missing = np.sum(w[..., None] * y**2) / np.sum(w)  # the anchor is zero
+            scores = []
+            for candidate in candidates:
+                error, _, head = validate(lam=candidate)
+                size = np.sqrt(np.sum(head[:-1] ** 2) * norm / missing)
+                scores.append(error * max(1, size) ** 0.25)
+            lam = candidates[np.argmax(scores <= 1.05 * min(scores))]
+        _, slope, _ = validate(lam=lam)
         pulled = slope + 0.01 * (lam > norm)
         mean, square = 0.8 * mean + 0.2 * pulled, 0.95 * square + 0.05 * pulled**2
         lam = lam * np.exp(-0.3 * mean / (np.sqrt(square) + 3e-3))
@@ -89,6 +94,20 @@ def test_lam_descends_on_the_error_of_the_other_half(x64, n, points, d):
         chex.assert_trees_all_close(state.anchor, expected, rtol=1e-8, atol=1e-12)
         lams.append(lam)
     assert len(set(lams)) > 2
+
+
+def test_the_first_lam_is_small_only_where_a_large_head_pays(x64):
+    """Directions of the features that hardly vary: the targets are along them, or hardly."""
+    rng, scales = np.random.default_rng(0), 10.0 ** -np.arange(4)
+    x = rng.normal(size=(256, 4)) * scales
+    rule, state = cfll.adaptive_prox(), state_of(4, 1, dtype=jnp.float64)
+    norm, noise = np.mean(np.sum(x**2, axis=1)), 0.3 * rng.normal(size=(256, 1))
+    lams = {}
+    for share in (0.3, 1.0):
+        y = x / scales @ np.array([[1.0], [0], [0], [share]]) + noise
+        lams[share] = float(rule.solve(x, y, state).rule_state.lam) / norm
+    # A head 300 times as large halves the error, or one 1000 times as large takes 92 % of it away.
+    assert lams[0.3] > 1 > 0.01 > lams[1.0]
 
 
 # Streams -----------------------------------------------------------------------------------------
@@ -294,10 +313,12 @@ def test_an_axis_shares_slope_and_norm(x64):
     lam = solutions.rule_state.lam
     np.testing.assert_array_equal(lam, lam[0])
     slope = solutions.rule_state.slope[0]
-    pulled = slope + 0.01
+    pulled = slope  # lam is below the mean of |phi|^2
     square = 0.05 * pulled**2
     factor = np.exp(-0.3 * 0.2 * pulled / (np.sqrt(square) + 3e-3))
-    power = np.log(lam[0] / factor / (300 * np.sum(x**2) / len(x))) / np.log(4)
+    norm = np.sum(x**2) / len(x)
+    assert lam[0] / factor < norm
+    power = np.log(lam[0] / factor / (300 * norm)) / np.log(4)
     np.testing.assert_allclose(power, np.round(power), atol=1e-9)  # a candidate of the first batch
     expected = cfll.prox_solve(x, y, state.anchor, lam[0])
     for k in range(3):

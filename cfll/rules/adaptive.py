@@ -20,10 +20,11 @@ _RATE, _MEAN_DECAY, _SQUARE_DECAY, _SMALL = 0.3, 0.8, 0.95, 3e-3
 # batch a small one is better for the run, since the backbone then learns what the head cannot.
 _PULL = 0.01
 # What the first batch chooses from, in units of the mean of |phi|^2, largest first: the first one
-# whose error is close to the least. Where no head is of use yet it should stay small, and the
-# backbone learns more. No smaller ones: a head that fits one batch of a random backbone may spoil
-# the run.
-_CANDIDATES, _TOLERANCE = 300.0 * 4.0 ** -np.arange(5), 1.05
+# whose score is close to the least. The score is the error times a power of |W| |phi| / |r|, with r
+# the residuals at the anchor: how much larger a head is than what it has to explain, because its
+# features cancel. The backbone's gradient is a multiple of W. So a head that fits one batch of a
+# random backbone a little better by being ten times larger spoils the run.
+_CANDIDATES, _TOLERANCE, _POWER = 300.0 * 4.0 ** -np.arange(12), 1.05, 0.25
 
 
 class AdaptiveState(NamedTuple):
@@ -56,11 +57,15 @@ def adaptive_prox(
     the other half, m and v are running means of g + 0.01 and its square. The halves are the even
     and odd samples of the *first* axis (functions, not their grid points), and take turns.
 
-    The first batch sets lam to the largest of five, from 300 to 1 times the mean of
-    :math:`\|\phi\|^2`, whose error is within 5 % of the least: there is no start to choose. The
-    0.01, added where lam is above that mean, lets it rise only as long as that lowers the error by
-    more than 2.3 % a decade. Without it lam rises for ever on data that were seen before, and on
-    new ones beyond what is good for the run.
+    The first batch sets lam to the largest of twelve, from 300 to 7e-5 times the mean of
+    :math:`\|\phi\|^2`, whose score is within 5 % of the least: there is no start to choose. The
+    score is the error on the other half, times the fourth root of
+    :math:`\|W\|_F \|\phi\| / \|y - W_0^\top \phi\|` (root mean squares) where that is above one: a
+    head is large where features cancel, and makes the backbone's gradient large.
+
+    The 0.01, added where lam is above the mean of :math:`\|\phi\|^2`, lets it rise only as long as
+    that lowers the error by more than 2.3 % a decade. Without it lam rises for ever on data that
+    were seen before, and on new ones beyond what is good for the run.
 
     Keep to `cfll.prox` where a classifier of many classes sees few samples many times, or a run has
     but some dozens of steps, too few to tune in.
@@ -134,13 +139,19 @@ def _descend(options: Any, axis_name: Any, batch: Any, head: Any) -> AdaptiveSta
 
     def search() -> jax.Array:
         candidates = norm * jnp.asarray(_CANDIDATES, dtype)
-        errors = jax.lax.map(lambda lam: validate(lam)[0], candidates)
-        errors = jnp.where(jnp.isfinite(errors), errors, jnp.inf)
-        return candidates[jnp.argmax(errors <= _TOLERANCE * jnp.min(errors))]
+        missing = shared(penalized_loss(anchor, *batch[:2], sample_weight=batch[2]))
+
+        def score(lam: jax.Array) -> jax.Array:
+            error, _, size = validate(lam)
+            return error * jnp.maximum(size * norm / missing, 1) ** (_POWER / 2)
+
+        scores = jax.lax.map(score, candidates)
+        scores = jnp.where(jnp.isfinite(scores), scores, jnp.inf)
+        return candidates[jnp.argmax(scores <= _TOLERANCE * jnp.min(scores))]
 
     first = old.mean_square == 0
     lam = jax.lax.cond(first, search, lambda: old.lam)
-    error, change = validate(lam)
+    error, change, _ = validate(lam)
     slope = change / jnp.where(error > 0, error, 1)
     usable = seen & jnp.isfinite(slope) & (slope != 0) & (error > 0)
     pulled = slope + jnp.where(lam > norm, jnp.asarray(_PULL, dtype), 0)
@@ -167,8 +178,8 @@ def _half(batch: Any, k: jax.Array) -> Any:
 
 def _validate(
     batch: Any, unseen: Any, anchor: LinearHead, lam: jax.Array, options: Any
-) -> tuple[jax.Array, jax.Array]:
-    """The error on unseen samples of the head of the batch, and its derivative by log lam."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of the head of the batch: error on unseen samples, its derivative by log lam, and |W|^2."""
     features, targets, weights = batch
     unseen_features, unseen_targets, unseen_weights = unseen
 
@@ -185,7 +196,7 @@ def _validate(
     head = solve(targets, anchor)
     step_back = jax.tree.map(lambda old, new: jnp.asarray(old, new.dtype) - new, anchor, head)
     by_log_lam = solve(jnp.zeros_like(targets), step_back)
-    return jax.jvp(error, (head,), (by_log_lam,))
+    return *jax.jvp(error, (head,), (by_log_lam,)), jnp.sum(jnp.square(head.kernel))
 
 
 def _squared_norms(batch: Any) -> tuple[jax.Array, jax.Array]:
