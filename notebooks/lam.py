@@ -151,9 +151,7 @@ figure.tight_layout()
 
 # %% [markdown]
 # Choose yourself where few data are seen many times, as in most classification: held-out halves of a
-# batch are not held out there. Where targets are a function without any noise and a batch has many samples
-# (every time of a sequence is one), try values far below one as well: on the sequences of `python -m benchmarks
-# rules --task lorenz` a fixed 0.001 ended several times lower than the self-tuned one. And where the first axis of a batch is not independent samples: put
+# batch are not held out there. And where the first axis of a batch is not independent samples: put
 # functions, patients or sequences there, not their points. A schedule is a fixed choice, too:
 # `cfll.prox(optax.exponential_decay(...))`.
 

@@ -39,6 +39,13 @@ TASKS = (
     "three; rf1 and california, tables for a perceptron; cifar10 and omniglot, convolutional "
     "networks. "
 )
+REASONS = (
+    "Why a start is not forgotten: the backbone's gradient is a multiple of the head, so a first "
+    "head that is large because features cancel (kdv from 0.001) changes them more in a few steps "
+    "than a penalty mends later, and one that hardly moves (from 100000) teaches the backbone "
+    "little for a good part of a short run. So `cfll.adaptive_prox` has no start to set: the first "
+    "batch chooses, by the error and the size of the head."
+)
 RUNS_PER_ROW = 26  # about; what the progress bar expects
 Part = tuple[list[Table], list[Claim], list[tuple[str, ...]]]
 
@@ -89,6 +96,7 @@ def page(parts: Iterable[Part]) -> Summary:
             *(table for part in listed for table in part[0]),
         ],
         claims=[claim for part in listed for claim in part[1]],
+        reasons=REASONS,
         figures=[],
     )
 
