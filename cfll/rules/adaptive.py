@@ -139,11 +139,11 @@ def _descend(options: Any, axis_name: Any, batch: Any, head: Any) -> AdaptiveSta
 
     def search() -> jax.Array:
         candidates = norm * jnp.asarray(_CANDIDATES, dtype)
-        missing = shared(penalized_loss(anchor, *batch[:2], sample_weight=batch[2]))
+        at_anchor = shared(penalized_loss(anchor, *batch[:2], sample_weight=batch[2]))
 
         def score(lam: jax.Array) -> jax.Array:
             error, _, size = validate(lam)
-            return error * jnp.maximum(size * norm / missing, 1) ** (_POWER / 2)
+            return error * jnp.maximum(size * norm / at_anchor, 1) ** (_POWER / 2)
 
         scores = jax.lax.map(score, candidates)
         scores = jnp.where(jnp.isfinite(scores), scores, jnp.inf)
