@@ -76,11 +76,11 @@ def test_lam_descends_on_the_error_of_the_other_half(x64, n, points, d):
         validate = partial(validated, x, y, w, anchor, turn=count % 2)
         if lam is None:
             candidates = 300 * norm * 4.0 ** -np.arange(12)
-            missing = np.sum(w[..., None] * y**2) / np.sum(w)  # the anchor is zero
+            at_anchor = np.sum(w[..., None] * y**2) / np.sum(w)  # which is zero
             scores = []
             for candidate in candidates:
                 error, _, head = validate(lam=candidate)
-                size = np.sqrt(np.sum(head[:-1] ** 2) * norm / missing)
+                size = np.sqrt(np.sum(head[:-1] ** 2) * norm / at_anchor)
                 scores.append(error * max(1, size) ** 0.25)
             lam = candidates[np.argmax(scores <= 1.05 * min(scores))]
         _, slope, _ = validate(lam=lam)
