@@ -77,7 +77,7 @@ def check_batch(
         raise ValueError(
             f"targets has shape {targets.shape} and features has shape {features.shape}: all axes "
             "but the last are samples and must agree. Write targets of shape "
-            f"{features.shape[:-1] + (targets.shape[-1:] or (1,))}."
+            f"({', '.join(map(str, features.shape[:-1]))}, outputs)."
         )
     if sample_weight is not None:
         _check_weights(sample_weight, features.shape[:-1], targets.shape, per_output)
