@@ -227,9 +227,11 @@ def test_a_batch_that_is_not_finite_leaves_head_and_covariance():
 
 
 def test_what_does_not_fit_is_refused():
-    for keywords in ({"beta": 0.0}, {"process_noise": -1.0}, {"forgetting": 0.0}):
+    for keywords in ({"beta": 0.0}, {"forgetting": 0.0}, {"forgetting": 1.1}):
         with pytest.raises(ValueError, match="0 < forgetting <= 1"):
             cfll.kalman(**{"beta": 1.0, **keywords})
+    with pytest.raises(ValueError, match="process_noise is negative"):
+        cfll.kalman(1.0, process_noise=-1.0)
     rule = cfll.kalman(1.0)
     state = initial_state(rule, cfll.LinearHead.zeros(3, O))
     with pytest.raises(ValueError, match="one weight per sample"):

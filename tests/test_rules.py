@@ -575,6 +575,28 @@ def test_solutions_that_do_not_fit(keywords, words):
 # Weights ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("make", [cfll.prox, cfll.ridge, cfll.softmax, cfll.kalman])
+@pytest.mark.parametrize(
+    ("value", "error", "words"),
+    [
+        ("10", TypeError, "is '10'; write a real number > 0"),
+        (None, TypeError, "is None; write a real number > 0"),
+        (1j, TypeError, "write a real number > 0"),
+        (float("nan"), ValueError, "is NaN or infinite"),
+        (float("inf"), ValueError, "is NaN or infinite"),
+        (-1.0, ValueError, "is negative"),
+    ],
+)
+def test_a_penalty_that_is_none_is_refused_where_it_is_written(make, value, error, words):
+    with pytest.raises(error, match=words):
+        make(value)
+
+
+def test_the_kalman_filter_has_no_schedule():
+    with pytest.raises(TypeError, match=r"beta is a function; here stands its value"):
+        cfll.kalman(optax.constant_schedule(1.0))
+
+
 def test_complex_weights_are_refused():
     with pytest.raises(TypeError, match=r"jnp\.abs"):
         cfll.ridge_solve(X, Y, 0.5, sample_weight=jnp.full(24, 1 + 1j))

@@ -374,11 +374,8 @@ def test_arguments_that_make_no_sense():
         cfll.softmax(1.0, steps=0)
     with pytest.raises(ValueError, match=r"delta is 0; write delta > 0"):
         cfll.huber(1.0, delta=0)
-    rule = cfll.softmax(-1.0)
     with pytest.raises(ValueError, match=r"lam is negative \(smallest -1\)"):
-        rule.loss(
-            jnp.ones((5, 4)), jnp.ones((5, 3)), initial_state(rule, cfll.LinearHead.zeros(4, 3))
-        )
+        cfll.softmax(-1.0)
     rule = cfll.softmax(1.0)
     with pytest.raises(ValueError, match=r"features and targets ask for \(4, 2\)"):
         rule.loss(

@@ -27,7 +27,7 @@ from cfll.losses import penalized_loss
 from cfll.rules import ClosedFormState, Rule
 from cfll.rules.rule import Penalty, advance, initial_state
 from cfll.solve import CG, prox_solve, ridge_solve
-from cfll.solve.problem import check_not_negative
+from cfll.solve.problem import check_value
 
 SOLVE_THEN_DESCEND, DESCEND_THEN_SOLVE = "solve-then-descend", "descend-then-solve"
 
@@ -192,7 +192,7 @@ def _check_penalties(**penalties: Any) -> None:
     """By the names that they have here."""
     for name, penalty in penalties.items():
         if not (isinstance(penalty, Rule) or callable(penalty)):
-            check_not_negative(name, penalty)
+            check_value(name, penalty)
 
 
 def _method(

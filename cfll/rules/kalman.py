@@ -27,12 +27,12 @@ import jax
 import jax.numpy as jnp
 
 from cfll import samples
-from cfll.heads import LinearHead, widest_dtype
+from cfll.heads import LinearHead, as_plain, widest_dtype
 from cfll.posterior import Posterior
 from cfll.rules.rule import Rule, Solution
 from cfll.solve import SolveInfo, penalized_solve
 from cfll.solve.cholesky import cholesky, dot, lower_gram
-from cfll.solve.problem import add, split_head
+from cfll.solve.problem import add, check_value, split_head
 
 _solve_triangular = jax.lax.linalg.triangular_solve
 
@@ -106,11 +106,13 @@ def kalman(
       Closed-Form Last Layer Optimization, Appendix A. Andrews: A square root formulation of the
       Kalman covariance equations, AIAA Journal 6, 1968.
     """
+    beta, process_noise, forgetting = map(as_plain, (beta, process_noise, forgetting))
     for name, value, low, high in (
         ("beta", beta, 1e-30, jnp.inf),
         ("process_noise", process_noise, 0, jnp.inf),
         ("forgetting", forgetting, 1e-30, 1),
     ):
+        check_value(name, value)
         known = samples.concrete(value)
         if known is not None and not (known.shape == () and low <= known <= high):
             raise ValueError(

@@ -9,6 +9,7 @@ from cfll.heads import as_plain, widest_dtype
 from cfll.losses import penalized_loss
 from cfll.rules.rule import AxisName, Penalty, Rule, Solution, penalty_state
 from cfll.solve import CG, penalized_solve
+from cfll.solve.problem import check_value
 from cfll.stats import GramStats
 
 
@@ -19,6 +20,8 @@ def penalized_rule(
     if axis_name and solver != "auto":
         raise ValueError(f"with axis_name heads are solved from sums: leave out solver={solver!r}.")
     penalty = as_plain(penalty)  # an nnx.Variable is callable, but no schedule
+    if not callable(penalty):
+        check_value(name, penalty)
 
     def anchor_of(state):
         return state.anchor if name == "lam" else None

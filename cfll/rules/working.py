@@ -33,7 +33,7 @@ from cfll import samples
 from cfll.heads import LinearHead, as_plain, check_anchor, widest_dtype
 from cfll.rules.rule import Penalty, Rule, Solution, penalty_state
 from cfll.solve import CG, SolveInfo, penalized_solve
-from cfll.solve.problem import Problem, as_penalty, bias_penalty_of, check_penalty
+from cfll.solve.problem import Problem, as_penalty, bias_penalty_of, check_penalty, check_value
 
 
 class Loss(NamedTuple):
@@ -156,6 +156,8 @@ def _rule(loss: Loss, lam: Penalty, steps: int, penalize_bias: bool, solver: str
     if not (type(steps) is int and steps > 0):
         raise ValueError(f"steps is {steps!r}; write a positive whole number, e.g. 1.")
     lam = as_plain(lam)  # an nnx.Variable is callable, but no schedule
+    if not callable(lam):
+        check_value("lam", lam)
 
     def prepare(features, targets, state, sample_weight, penalty) -> Any:
         """Problem, and targets (n, o) and anchor, in one dtype."""

@@ -173,17 +173,13 @@ def power_of_two_above(rows: jax.Array) -> jax.Array:
 
 def check_penalty(name: str, penalty: Any, d: int, rows: int, free_bias: bool) -> None:
     """Refuse penalties of a wrong shape, negative ones, and those that leave the head undefined."""
-    if callable(penalty):
-        raise TypeError(f"{name} is a function; a kernel takes its value: write {name}(step).")
-    if penalty is None or isinstance(penalty, str) or jnp.iscomplexobj(penalty):
-        raise TypeError(f"{name} is {penalty!r}; write a real number > 0, e.g. {name}=10.0.")
+    check_value(name, penalty)
     shape = jnp.shape(penalty)
     if shape not in ((), (d,), (d, d)):
         raise ValueError(
             f"{name} has shape {shape}, but features has {d} columns: write a scalar, a vector of "
             f"shape ({d},) or a matrix of shape ({d}, {d}). Over a grid of values use jax.vmap."
         )
-    check_not_negative(name, penalty)
     values = concrete(penalty)
     if values is None:
         return
@@ -198,11 +194,19 @@ def check_penalty(name: str, penalty: Any, d: int, rows: int, free_bias: bool) -
         )
 
 
-def check_not_negative(name: str, penalty: Any) -> None:
-    """Refuse a negative penalty, if its value is known."""
+def check_value(name: str, penalty: Any) -> None:
+    """Refuse what is no real number, and one that is negative, NaN or infinite, if it is known."""
+    if callable(penalty):
+        raise TypeError(f"{name} is a function; here stands its value: write {name}(step).")
+    if penalty is None or isinstance(penalty, str) or jnp.iscomplexobj(penalty):
+        raise TypeError(f"{name} is {penalty!r}; write a real number > 0, e.g. {name}=10.0.")
     values = concrete(penalty)
-    diagonal = None if values is None else np.diagonal(values) if values.ndim == 2 else values
-    if diagonal is not None and (diagonal < 0).any():
+    if values is None:
+        return
+    diagonal = np.diagonal(values) if values.ndim == 2 else values
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} is NaN or infinite: write a finite {name} > 0, e.g. 10.0.")
+    if (diagonal < 0).any():
         raise ValueError(f"{name} is negative (smallest {diagonal.min():g}): write {name} > 0.")
 
 
