@@ -69,10 +69,9 @@ def tiny(monkeypatch):
         "LAMS": (100.0, 1000.0),
         "BATCH_SIZES": (16,),
         "METHODS": (proxy.PROXIMAL, proxy.AS_PUBLISHED),
-        "START": (0, 0, 0, 0),
+        "STARTS": dict.fromkeys(proxy.STARTS, ((0, 0, 0, 0),)),
         "AT_MOST": 2,
-        "SEARCHED": 1,
-        "FINALISTS": 2,
+        "FINALISTS": 1,
     }.items():
         monkeypatch.setattr(proxy, name, value)
     size = proxy.Size((1000,), 2, (100, 101), (0, 1))
@@ -88,8 +87,8 @@ class TestCommand:
         said = " ".join(capsys.readouterr().out.split())
         assert "The median error of DFPV proximal is at or below that of KPV as published" in said
         found = proxy.summarize(Records(path), tmp_path, preset="cpu")
-        assert [len(table.rows) for table in found.tables] == [8, 2]
-        assert len(found.claims) == 7
+        assert [len(table.rows) for table in found.tables] == [8, 4]
+        assert len(found.claims) == 8
         assert path.read_text().splitlines() == lines
         results.results(runs=tmp_path, out=tmp_path)
         assert "proxy --design demand --preset cpu" in (tmp_path / "RESULTS.md").read_text()

@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,16 +32,21 @@ Design = Literal["demand", "dsprites"]
 PROXIMAL, ORIGINAL, AS_PUBLISHED = "DFPV proximal", "DFPV, tuned", "DFPV, settings of its code"
 METHODS = (PROXIMAL, ORIGINAL, AS_PUBLISHED)
 
-# What a search may choose, from raw and from standardized data; batch size 0 is all of a half.
-BATCH_SIZES = (64, 256, 0)
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+BATCH_SIZES = (64, 256, 0)  # 0 is all of a half
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 LAMS, BETAS = (1.0, 10.0, 100.0, 1e3, 1e4), (1e-3, 1e-2, 0.1, 1.0, 10.0)  # betas per sample
-START = (0, 1, 2, 2)
-AT_MOST = 16  # points from each of the two starts
-SEARCHED, FINALISTS = 3, 6  # tuning seeds of a point; points that are run on all of them
+STARTS = {"demand": ((0, 1, 2, 2), (0, 0, 2, 2), (0, 0, 4, 1)), "dsprites": ((0, 1, 2, 2),)}
+AT_MOST = 16  # points from each start, with raw and with standardized data
+FINALISTS = 3  # points of the smallest N that are run at every N
 # The heads that may be judged: the current ones, or ridge with this beta per sample on the halves.
 EVALUATIONS = (None, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
+REFITTED, CURRENT = "", ", current heads"
+HEADS = {REFITTED: range(1, len(EVALUATIONS)), CURRENT: range(1)}  # which of `EVALUATIONS`
 LAM12 = 1.0
+CAPTIONS = (
+    "Squared error of f, median (quartiles) over seeds, in squared units of y.",
+    "Rate; lam1, lam2 or beta1, beta2; heads, and their beta per sample; batch size; data.",
+)
 CODE_RATE, CODE_PENALTY, CODE_DECAY = 1e-3, 0.1, 0.1  # the latter two per sample
 
 
@@ -78,7 +83,7 @@ class Config(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A method with its best settings: which heads, and errors (seeds, heads)."""
+    """A row with its best settings: which of `EVALUATIONS`, and errors (seeds,)."""
 
     config: Config
     evaluation: int
@@ -163,24 +168,24 @@ class Runs:
         self._compiled: dict[str, tuple[Any, ...]] = {}
 
     def outcomes(self) -> dict[tuple[str, int], Outcome]:
-        """All methods at all sizes; those with missing runs are left out."""
+        """All rows at all sizes; those with missing runs are left out."""
         found = {}
-        for num_train, method in itertools.product(self.size.num_train, METHODS):
+        for n, method, heads in itertools.product(self.size.num_train, METHODS, HEADS):
             with contextlib.suppress(MissingError):
-                found[method, num_train] = self._outcome(method, num_train)
+                found[method + heads, n] = self._outcome(method, heads, n)
         return found
 
-    def _outcome(self, method: str, num_train: int) -> Outcome:
+    def _outcome(self, method: str, heads: str, num_train: int) -> Outcome:
         if method == AS_PUBLISHED:
             penalty = CODE_PENALTY * (num_train // 2)
             best = Config(method, num_train, 0, False, CODE_RATE, penalty, penalty, 0)
-            evaluation = EVALUATIONS.index(CODE_PENALTY)
+            evaluation = EVALUATIONS.index(CODE_PENALTY if heads == REFITTED else None)
         else:
-            best, evaluation = self._tune(method, num_train)
+            best, evaluation = self._tune(method, HEADS[heads], num_train)
         errors = [errors_of(self.run(best._replace(seed=seed))) for seed in self.size.seeds]
-        return Outcome(best, evaluation, np.array(errors))
+        return Outcome(best, evaluation, np.array(errors)[:, evaluation])
 
-    def _tune(self, method: str, num_train: int) -> tuple[Config, int]:
+    def _tune(self, method: str, heads: range, num_train: int) -> tuple[Config, int]:
         """Search at the smallest size, finalists at this one: the settings, and which heads."""
         penalties = LAMS if method == PROXIMAL else BETAS
         axes: tuple[Any, ...] = (BATCH_SIZES, RATES, penalties, penalties)
@@ -190,24 +195,24 @@ class Runs:
             one, other = (x * (1 if method == PROXIMAL else size or n // 2) for x in two)
             return Config(method, n, size, bool(scaled), rate, one, other, 0)
 
-        def costs(point: Point, n: int, seeds: tuple[int, ...]) -> np.ndarray:
+        def costs(point: Point, n: int) -> np.ndarray:
+            seeds = self.size.tuning_seeds
             runs = [self.run(config(n, *point)._replace(seed=seed)) for seed in seeds]
-            return np.exp(np.mean(np.log([errors_of(run) for run in runs]), axis=0))
+            return np.exp(np.mean(np.log([errors_of(run) for run in runs]), axis=0))[heads]
 
         def searched(scaled: int, point: Point) -> float:
-            seeds = self.size.tuning_seeds[:SEARCHED]
-            return float(costs((scaled, *point), self.size.num_train[0], seeds).min())
+            return float(costs((scaled, *point), self.size.num_train[0]).min())
 
         tried: dict[Point, float] = {}
-        for scaled in (0, 1) if self.design == "demand" else (0,):
-            found = descend(
-                functools.partial(searched, scaled), START, list(map(len, axes)), AT_MOST
-            )
+        scalings = (0, 1) if self.design == "demand" else (0,)
+        for start, scaled in itertools.product(STARTS[self.design], scalings):
+            cost = functools.partial(searched, scaled)
+            found = descend(cost, start, list(map(len, axes)), AT_MOST)
             tried |= {(scaled, *point): found[point] for point in found}
         best = finalists(tried, FINALISTS)
-        means = np.array([costs(point, num_train, self.size.tuning_seeds) for point in best])
-        which, evaluation = np.unravel_index(np.argmin(means), means.shape)
-        return config(num_train, *best[which]), int(evaluation)
+        means = np.array([costs(point, num_train) for point in best])
+        which, head = np.unravel_index(np.argmin(means), means.shape)
+        return config(num_train, *best[which]), heads[int(head)]
 
     def run(self, config: Config) -> Record:
         """One run."""
@@ -275,41 +280,34 @@ def summarize(records: Records, figures: Path, preset: str, design: Design = "de
 
 
 def summary_of(runs: Runs, preset: str) -> Summary:
-    """Train what is missing (if allowed) and summarize."""
+    """Tables and claims of all runs."""
     design, size, found = runs.design, runs.size, runs.outcomes()
-    sizes = [n for n in size.num_train if all((method, n) in found for method in METHODS)]
+    rows = [method + heads for method in METHODS for heads in HEADS]
+    sizes = [n for n in size.num_train if all((row, n) in found for row in rows)]
     published = data.PUBLISHED if design == "demand" and sizes else {}
     errors, chosen = [], []
-    for method in METHODS if sizes else ():
-        row = [found[method, n] for n in sizes]
-        chosen.append((method, *map(settings, row)))
-        errors.append((method, *(quartiles(o.errors[:, o.evaluation]) for o in row)))
-        errors.append((f"{method}, current heads", *(quartiles(o.errors[:, 0]) for o in row)))
+    for row in rows if sizes else ():
+        outcomes = [found[row, n] for n in sizes]
+        chosen.append((row, *map(settings, outcomes)))
+        errors.append((row, *(quartiles(outcome.errors) for outcome in outcomes)))
+    medians = {row: {n: float(np.median(found[row, n].errors)) for n in sizes} for row in rows}
     for name, theirs in published.items():
         errors.append((f"{name}, published", *(quartiles(theirs[n]) for n in sizes)))
-    medians = {tag: float(np.median(o.errors[:, o.evaluation])) for tag, o in found.items()}
+        medians[f"{name} as published"] = {n: float(np.median(theirs[n])) for n in sizes}
 
-    def claim(method: str, other: str, theirs: dict[int, float]) -> Claim:
-        pairs = {n: (medians[method, n], theirs[n]) for n in sizes}
+    def claim(row: str, other: str) -> Claim:
+        pairs = {n: (medians[row][n], medians[other][n]) for n in sizes}
         return Claim(
-            f"The median error of {method} is at or below that of {other}.",
+            f"The median error of {row} is at or below that of {other}.",
             all(ours <= their for ours, their in pairs.values()),
             "; ".join(f"N = {n}: {x:.3g} against {y:.3g}" for n, (x, y) in pairs.items()),
         )
 
-    others = {m: {n: medians[m, n] for n in sizes} for m in METHODS[1:] if sizes}
-    for name, theirs in published.items():
-        others[f"{name} as published"] = {n: float(np.median(theirs[n])) for n in sizes}
-    claims = [claim(PROXIMAL, other, theirs) for other, theirs in others.items()]
-    current, name = f"{PROXIMAL} with current heads", "DFPV as published"
-    medians |= {(current, n): float(np.median(found[PROXIMAL, n].errors[:, 0])) for n in sizes}
-    for method in (current, *METHODS[1:]) if published else ():
-        claims.append(claim(method, name, others[name]))
+    current = PROXIMAL + CURRENT
+    pairs = [(PROXIMAL, other) for other in medians if other not in (PROXIMAL, *rows[1::2])]
+    pairs += [(current, PROXIMAL), (current, ORIGINAL + CURRENT)]
+    pairs += [(row, "DFPV as published") for row in (current, *METHODS[1:])]
     headings = ("", *(f"N = {n}" for n in sizes))
-    captions = (
-        "Squared error of f, median (quartiles) over seeds, in squared units of y.",
-        "Rate; lam1, lam2 or beta1, beta2; heads, and their beta per sample; batch size; data.",
-    )
     return Summary(
         title=f"Deep feature proxy variables: {design}",
         command=f"python -m benchmarks proxy --design {design} --preset {preset}",
@@ -317,14 +315,15 @@ def summary_of(runs: Runs, preset: str) -> Summary:
         f"stage, {size.rounds} rounds of 20 and 1 updates, Adam. {AS_PUBLISHED}: rate "
         f"{CODE_RATE:g}, beta = {CODE_PENALTY:g} n, weight decay, full batch, raw data. The others "
         "are tuned alike: batch size, rate and penalties along one axis after the other, at most "
-        f"{AT_MOST} points each from raw and from standardized data, and heads, current or "
-        f"refitted, by the geometric mean error to the truth over {SEARCHED} seeds at the smallest "
-        f"N; the best {FINALISTS} run on {len(size.tuning_seeds)} at every N. The table has "
-        f"{len(size.seeds)} other seeds. Published methods were not tuned so. lam12 = {LAM12:g}.",
-        tables=list(map(Table, captions, [headings] * 2, map(tuple, (errors, chosen)))),
-        claims=claims,
+        f"{AT_MOST} points from each of {len(STARTS[design])} starts, raw and standardized data "
+        "(images: raw), for refitted heads and again for current ones, by the geometric mean error "
+        f"to the truth over {len(size.tuning_seeds)} seeds at the smallest N; the best {FINALISTS} "
+        f"run at every N. The table has {len(size.seeds)} other seeds. Published methods were not "
+        f"tuned so. lam12 = {LAM12:g}.",
+        tables=list(map(Table, CAPTIONS, [headings] * 2, map(tuple, (errors, chosen)))),
+        claims=[claim(*pair) for pair in pairs if sizes and pair[1] in medians],
         figures=[],
-        reasons=data.REASONS if published else "",
+        reasons=data.REASONS[design] if sizes and preset == RECORDED[design] else "",
     )
 
 
@@ -335,7 +334,7 @@ def proxy(
 
     Args:
       design: "demand", or "dsprites" with hearts rendered by us.
-      preset: "small": minutes on two cores; "cpu": an hour.
+      preset: "small": minutes on two cores (images: most of an hour); "cpu": an hour.
       out: folder of finished runs.
     """
     size = SIZES[design, preset]
@@ -344,7 +343,8 @@ def proxy(
     show(found)
 
 
+RECORDED: dict[Design, Preset] = {"demand": "cpu", "dsprites": "small"}
 EXPERIMENTS = tuple(
-    Experiment(proxy, functools.partial(summarize, design=design), place, presets=("cpu",))
-    for place, design in enumerate(get_args(Design), start=33)
+    Experiment(proxy, functools.partial(summarize, design=design), place, presets=(preset,))
+    for place, (design, preset) in enumerate(RECORDED.items(), start=33)
 )
