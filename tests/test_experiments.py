@@ -69,7 +69,9 @@ def command(name):
 def small_grids(monkeypatch):
     """Two rates and two strengths instead of all."""
     strengths = {"lam": (1.0, 100.0), "beta": (1.0, 100.0), "ratio": (1.0, 3.0)}
-    monkeypatch.setattr(tuner, "BY_AXES", tuner.Tuner(descend, (0.01, 0.03), strengths))
+    for name in ("BY_AXES", "JOINTLY"):
+        small = tuner.Tuner(descend, (0.01, 0.03), strengths, words="Tuned on small grids")
+        monkeypatch.setattr(tuner, name, small)
 
 
 @pytest.fixture
@@ -262,8 +264,8 @@ def test_a_table_is_standardized_by_its_training_rows(tmp_path):
 
 def test_rules_runs_stops_and_resumes(tiny_burgers, tmp_path, monkeypatch, capsys):
     strengths = {"lam": (1.0, 100.0), "ratio": (0.1, 1.0)}
-    small = tuner.JOINTLY._replace(
-        search=partial(search, at_most=4), rates=(0.01, 0.03), strengths=strengths
+    small = tuner.Tuner(
+        partial(search, at_most=4), (0.01, 0.03), strengths, num_finalists=3, final_seeds=2
     )
     monkeypatch.setattr(tuner, "JOINTLY", small)
     path = tmp_path / "rules.jsonl"

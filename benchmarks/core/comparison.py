@@ -59,7 +59,7 @@ class Outcome(NamedTuple):
 
 
 class Comparison:
-    """Runs of one problem, trained or read; all methods are tuned by one tuner (`BY_AXES`).
+    """Runs of one problem, trained or read; all methods are tuned by one tuner.
 
     With a folder `keep`, `finished` returns the last state of a run.
     """

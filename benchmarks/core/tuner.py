@@ -35,6 +35,7 @@ class Tuner(NamedTuple):
     search_seeds: int = 1  # how many seeds the search runs on; costs are means
     num_finalists: int = 1  # how many of the best run on further seeds
     final_seeds: int = 1  # how many seeds then decide
+    words: str = ""  # all this as a sentence
 
     def axes(self, *names: str | None) -> list[Sequence[float]]:
         """The grids of the rate and of these hyperparameters, if there are any."""
@@ -82,8 +83,14 @@ RATES = tuple(float(f"{mantissa}e{exponent}") for exponent in range(-5, 2) for m
 PENALTIES = tuple(10.0**k for k in range(-5, 6))
 RATIOS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
-# One axis after the other, on one seed: of the records of the paper's comparisons.
-BY_AXES = Tuner(descend, RATES, {"lam": PENALTIES, "beta": PENALTIES, "ratio": RATIOS})
+# One axis after the other, on one seed: of the records of Burgers' equation and CIFAR-10.
+BY_AXES = Tuner(
+    descend,
+    RATES,
+    {"lam": PENALTIES, "beta": PENALTIES, "ratio": RATIOS},
+    words="Every method is tuned by the last validation metric on the same grids, half decades of "
+    "rates and decades of lam or beta, along one axis after the other on seed 0",
+)
 # Rate and second hyperparameter together: 20 runs at most, the best three on a second seed. A ratio
 # of one is the ordinary gradient head.
 JOINTLY = Tuner(
@@ -91,8 +98,12 @@ JOINTLY = Tuner(
     RATES,
     {
         "lam": tuple(float(f"1e{k}") for k in range(-4, 8)),
+        "beta": PENALTIES,
         "ratio": tuple(float(f"1e{k}") for k in range(-4, 4)),
     },
     num_finalists=3,
     final_seeds=2,
+    words="Every row has the same budget: at most 20 runs of a joint search over half decades of "
+    "rates and decades of lam, beta or ratio on seed 0, the best three on a second seed too, "
+    "chosen by the last validation metric",
 )

@@ -11,8 +11,10 @@ from benchmarks.tasks.images import DataSet, Size, setup_of
 
 ORDERS = (PROX, Method("SGD", PROXIMAL, ALGORITHM_2), Method("SGD", PROXIMAL, EQUATION_17))
 REASONS = (
-    "Reason: not found. The orders differ by one step of the features that the head is solved "
-    "on; the search ends at other rates for each."
+    "Reason, as far as found: the rates that an order stands. At B = 32, rate 1 and lam 100000, "
+    "all reach 0.48 on the validation images of seed 0; at rates 10 and 30 Algorithm 1 gains "
+    "(0.55) and the others learn nothing (0.04). It alone solves the head after the step, on the "
+    "features that the step made. At B = 1024 all take rate 30, the end of the grid."
 )
 
 

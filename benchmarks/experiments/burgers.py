@@ -20,6 +20,7 @@ from benchmarks.core.methods import (
 )
 from benchmarks.core.records import Records
 from benchmarks.core.runner import Runner, running
+from benchmarks.core.tuner import BY_AXES
 from benchmarks.experiments import Experiment
 from benchmarks.reporting.comparisons import (
     Pair,
@@ -125,12 +126,9 @@ def summary_of(outcomes: list[Outcome], size: Size, figures: Path, preset: str) 
     setup = (
         f"1448 / 200 / 400 functions, {size.epochs} epochs (the paper: 100), cosine decay, "
         f"a Fourier neural operator of width {size.model.width} with {size.model.modes} modes, "
-        f"{size.model.depth} layers and {size.model.num_features} features. Every method is tuned "
-        "by the last validation error on the same grids, half decades of rates and decades of lam "
-        "or beta, searched along one axis after the other on seed "
-        f"{size.seeds[0]}; the best is run on seeds "
-        f"{', '.join(map(str, size.seeds))}. Curves: 256 points; table: all 8192 points. "
-        "The axes are the paper's: iterations, test MSE."
+        f"{size.model.depth} layers and {size.model.num_features} features. {BY_AXES.words}; the "
+        f"best on seeds {', '.join(map(str, size.seeds))}. Curves: 256 points; table: all 8192 "
+        "points. The axes are the paper's: iterations, test MSE."
     )
     caption = "Test MSE in units of u² on 8192 points, mean ± half the 95 % interval."
     pairs = pairs_of(min(batch_sizes), max(batch_sizes))

@@ -14,7 +14,15 @@ from benchmarks.core.runner import Runner, running
 from benchmarks.experiments import Experiment
 from benchmarks.reporting.comparisons import curves_figure
 from benchmarks.reporting.summary import Summary, show
-from benchmarks.tasks.images import SIZES, DataSet, Preset, Size, make_problem, many_classes
+from benchmarks.tasks.images import (
+    SIZES,
+    DataSet,
+    Preset,
+    Size,
+    make_problem,
+    many_classes,
+    tuner_of,
+)
 
 CROSS_ENTROPY = Method("SGD", GRADIENT, loss="cross entropy")
 L2 = Method("SGD", GRADIENT)
@@ -49,8 +57,9 @@ def image_experiment(
         return "cifar10" if name == "cifar10" else many_classes(preset)
 
     def answered(runner: Runner, data: Path | None, size: Size, figures: Path, preset: str):
-        comparison = Comparison(make_problem(data_set(preset), size, data), runner)
-        found = answer(comparison, data_set(preset), size, figures)
+        named = data_set(preset)
+        comparison = Comparison(make_problem(named, size, data), runner, tuner_of(named))
+        found = answer(comparison, named, size, figures)
         typed = f"python -m benchmarks {name} --preset {preset} --data FOLDER"
         return found._replace(command=typed)
 

@@ -21,13 +21,13 @@ def number_table(
 
 
 def tuned_table(outcomes: Sequence[Outcome], batch_sizes: Sequence[int]) -> Table:
-    """The hyperparameters behind `number_table`, and the time of a step."""
+    """The hyperparameters behind `number_table`."""
 
     def cell(one: Outcome) -> str:
         strength = "" if one.strength is None else f", {one.method.strength} {one.strength:g}"
-        return f"{one.rate:g}{strength} ({1e3 * one.seconds_per_step:.0f} ms)"
+        return f"{one.rate:g}{strength}"
 
-    caption = "Best rate and second hyperparameter by validation, and median milliseconds per step."
+    caption = "Best rate and second hyperparameter by validation."
     return _table(outcomes, batch_sizes, caption, cell)
 
 

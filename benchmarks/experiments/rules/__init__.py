@@ -83,10 +83,8 @@ def page(parts: Iterable[Part]) -> Summary:
         + "`cfll.prox(lam)` and `cfll.adaptive_prox()`, in the order of Eq. (17), against "
         "gradient heads whose rate is 1e-4 to 1e3 times the backbone's, started at zero or as "
         "LeCun; with a squared loss, and for classes with cross entropy, too, against "
-        "`cfll.softmax(lam)`. Every row has the same budget: 20 runs of a joint search over half "
-        "decades of rates and decades of ratio or lam, the best three on a second seed, the best "
-        "on five, the next where one of those diverges; chosen by the last validation metric. All "
-        "rates decay on a cosine. Times per step are measured in turn.",
+        f"`cfll.softmax(lam)`. {tuner.JOINTLY.words}; the best on five seeds, the next where one "
+        "of those diverges. All rates decay on a cosine. Times per step are measured in turn.",
         tables=[
             Table(
                 GLANCE,

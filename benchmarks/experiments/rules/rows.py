@@ -51,8 +51,6 @@ BATCH_SIZES: Mapping[Task, tuple[int, ...]] = {
 GRADIENT_HEAD, FIXED, TUNED = "gradient, any ratio", "fixed lam", "self-tuned lam"
 CROSS_ENTROPY, SOFTMAX_HEAD = "cross entropy, any ratio", "softmax, fixed lam"
 CLASSIFIERS: tuple[Task, ...] = ("cifar10", "omniglot")
-# In the middle of the best rates of both, as trials found them; see `JOINTLY` for the search.
-CLASSIFIERS_START = {"SGD": 1.0, "Adam": 0.01, "Muon": 0.03}
 
 
 class Row(NamedTuple):
@@ -99,7 +97,7 @@ def tune(comparison: Comparison, row: Row, task: Task) -> Outcome:
     method = methods.get(row.head, Method(row.optimizer, TWO_TIMESCALE, loss=loss, init="zeros"))
     rate, strength = comparison.problem.start(Method(row.optimizer, PROXIMAL))
     if task in CLASSIFIERS:
-        rate = CLASSIFIERS_START[row.optimizer]
+        rate = images.START_RATES_JOINTLY[row.optimizer]
     if row.head in methods:
         found = comparison.tune(method, row.batch_size, SEEDS, (rate, strength or 1.0))
         return steady(comparison, found)
