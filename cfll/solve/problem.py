@@ -198,7 +198,7 @@ def check_value(name: str, penalty: Any) -> None:
     """Refuse what is no real number, and one that is negative, NaN or infinite, if it is known."""
     if callable(penalty):
         raise TypeError(f"{name} is a function; here stands its value: write {name}(step).")
-    if penalty is None or isinstance(penalty, str) or jnp.iscomplexobj(penalty):
+    if penalty is None or isinstance(penalty, str) or np.iscomplexobj(penalty):
         raise TypeError(f"{name} is {penalty!r}; write a real number > 0, e.g. {name}=10.0.")
     values = concrete(penalty)
     if values is None:
