@@ -575,6 +575,17 @@ def test_solutions_that_do_not_fit(keywords, words):
 # Weights ------------------------------------------------------------------------------------------
 
 
+def test_making_a_rule_wakes_no_backend():
+    program = """
+import cfll, jax
+cfll.prox(10.0), cfll.ridge(1.0), cfll.softmax(1.0), cfll.kalman(1.0), cfll.adaptive_prox()
+jax.config.update("jax_num_cpu_devices", 2)  # an error where there is a backend
+assert jax.device_count() == 2
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
 @pytest.mark.parametrize("make", [cfll.prox, cfll.ridge, cfll.softmax, cfll.kalman])
 @pytest.mark.parametrize(
     ("value", "error", "words"),
