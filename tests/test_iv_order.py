@@ -35,12 +35,10 @@ def make_networks(calls=None):
 
 
 def make_method(networks, **options):
-    return iv.proximal(
-        networks,
-        treatment_optimizer=optax.sgd(RATE),
-        instrument_optimizer=optax.sgd(RATE),
-        **{"lam1": LAM1, "lam2": LAM2, "lam12": LAM12, **options},
-    )
+    sgd = optax.sgd(RATE)
+    optimizers = {"treatment_optimizer": sgd, "instrument_optimizer": sgd}
+    penalties = {"lam1": LAM1, "lam2": LAM2, "lam12": LAM12}
+    return iv.proximal(networks, **{**optimizers, **penalties, **options})
 
 
 def solve_by_hand(phi, y, w, lam):
@@ -116,6 +114,33 @@ def test_rules_and_schedules_move_in_both_stages():
         assert int(state.stage2.count) == 3
         assert 0 < float(state.stage1.info.rcond) < 1
         assert str(cfll.Route(state.stage2.info.route)) == "primal"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.chain(optax.sgd(RATE), optax.contrib.reduce_on_plateau(patience=1)),
+        optax.lbfgs(),
+        optax.polyak_sgd(RATE),
+    ],
+    ids=["reduce_on_plateau", "lbfgs", "polyak_sgd"],
+)
+def test_optimizers_that_ask_for_the_loss_are_told(optimizer, standard_promotion):
+    options = {"treatment_optimizer": optimizer, "instrument_optimizer": optimizer}
+    batch = make_batch(0)
+    for method in (
+        make_method(make_networks(), **options),
+        iv.original(make_networks(), **options, beta1=1.0, beta2=1.0),
+    ):
+        state, losses = method.init(batch), []
+        stage1 = jax.jit(method.stage1)
+        for _ in range(6):
+            state, loss = stage1(state, batch)
+            losses.append(float(loss))
+        assert losses[-1] < losses[0]
+        _, loss = jax.jit(method.stage2)(state, batch, batch)
+        assert np.isfinite(loss)
 
 
 def test_an_unknown_order_is_refused():

@@ -68,8 +68,9 @@ def proximal(
 
     Args:
       networks: the backbones.
-      treatment_optimizer: trains treatment and covariate network.
-      instrument_optimizer: trains the instrument network.
+      treatment_optimizer: trains treatment and covariate network. It is told the loss, as
+        ``optax.contrib.reduce_on_plateau`` and ``optax.lbfgs`` ask.
+      instrument_optimizer: trains the instrument network; the same.
       lam1: proximal coefficient of W, multiplying a *sum* over samples; scalar, (d,), (d, d) or a
         schedule. Or a `cfll.Rule` of your own.
       lam2: the same of w.
@@ -319,7 +320,10 @@ def _update(
         return loss, (stats, solution)
 
     (loss, (stats, solution)), grads = jax.value_and_grad(loss_fn, has_aux=True)(net.params)
-    updates, opt_state = optimizer.update(grads, net.opt_state, net.params)
+    # What line searches and rates that follow the loss ask for; the others take no notice.
+    extra = {"value": loss, "grad": grads, "value_fn": lambda params: loss_fn(params)[0]}
+    optimizer = optax.with_extra_args_support(optimizer)
+    updates, opt_state = optimizer.update(grads, net.opt_state, net.params, **extra)
     params = optax.apply_updates(net.params, updates)
     if solution is None:  # a second forward pass, whose statistics are dropped: one move per batch
         solution = rule.solve(features_of(params)[0], targets, head)
