@@ -192,6 +192,15 @@ def test_transitions_are_those_of_the_behaviour_policy(name):
     as_chosen = np.all(np.abs(seen - after) < 1e-4, axis=1).mean()
     np.testing.assert_allclose(as_chosen, 1 - 0.2 * (1 - 1 / num_actions), atol=0.02)
     np.testing.assert_allclose(next_chosen.mean(0), environment.policy(seen).mean(0), atol=0.02)
+    # What may follow, in the mean, is what did.
+    pairs, probabilities = ope.continuations(name, rows.now)
+    weights = probabilities.sum(0)
+    assert weights.max() < 1 + 1e-6
+    np.testing.assert_allclose(weights.mean(), rows.continues.mean(), atol=3e-3)
+    expected = np.sum(probabilities * pairs, axis=0)
+    difference = rows.continues * rows.later - expected
+    noise = difference.std(0) / np.sqrt(len(difference))
+    np.testing.assert_array_less(np.abs(difference.mean(0)), 5 * noise + 1e-6)
     # Episodes follow one another: where one goes on, the next row starts at its next state.
     goes_on = rows.continues[:-1, 0] == 1
     same = np.all(later[:-1] == rows.now[1:, : later.shape[1]], axis=1)

@@ -422,6 +422,7 @@ def test_ope_runs_stops_and_resumes(monkeypatch, tmp_path, capsys):
         num_train=200,
         num_held_out=40,
         num_starts=5,
+        num_known=50,
         rounds=2,
         stage1_steps=2,
         batch_size=16,
@@ -440,6 +441,6 @@ def test_ope_runs_stops_and_resumes(monkeypatch, tmp_path, capsys):
     )
     found = ope.summarize(Records(path), tmp_path, "small")
     assert [claim.holds is None for claim in found.claims] == [False, True, False, True]
-    assert len(found.tables[0].rows) == 4
+    assert len(found.tables[0].rows) == 6
     missing = ope.summarize(Records(path), tmp_path, "small", environment="mountain_car")
     assert not missing.tables[0].rows

@@ -194,6 +194,30 @@ def make_transitions(name: str, num: int, seed: int) -> Transitions:
     )
 
 
+def continuations(name: str, pairs_now: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What may follow pairs (s, a), which an experimenter does not know: (s', a'), probabilities.
+
+    Args:
+      name: of the environment.
+      pairs_now: (n, d + num_actions).
+
+    Returns:
+      Pairs (k, n, d + num_actions), one for each action taken and each a', and probabilities
+      (k, n, 1), which sum to that of going on.
+    """
+    environment = ENVIRONMENTS[name]
+    scaled, chosen = np.split(np.asarray(pairs_now, float), [len(environment.center)], axis=1)
+    states, even = scaled * environment.scale + environment.center, 1 / environment.num_actions
+    later, probabilities = [], []
+    for taken in range(environment.num_actions):
+        after, _, ended = environment.step(states, np.full(len(states), taken))
+        moved = (1 - NOISE) * chosen[:, taken] + NOISE * even
+        for action, choice in enumerate(environment.policy(after).T):
+            later.append(pairs(environment, after, np.full(len(after), action)))
+            probabilities.append((moved * ~ended * choice)[:, None].astype(np.float32))
+    return np.stack(later), np.stack(probabilities)
+
+
 def make_starts(name: str, num: int, seed: int) -> Starts:
     """Every action at `num` first states."""
     environment, rng = ENVIRONMENTS[name], np.random.default_rng(seed)

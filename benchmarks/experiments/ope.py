@@ -24,7 +24,7 @@ from benchmarks.experiments import Experiment
 from benchmarks.reporting.comparisons import mean_and_interval
 from benchmarks.reporting.summary import Claim, Summary, Table, show
 from benchmarks.tasks import ope as task
-from benchmarks.tasks.ope import CURRENT, FQE, ORIGINAL, PROXIMAL, REFITTED
+from benchmarks.tasks.ope import CURRENT, FQE, KNOWN, ORIGINAL, PROXIMAL, REFITTED
 
 Preset = Literal["small"]
 EnvironmentName = Literal["cartpole", "mountain_car", "cartpole_long"]
@@ -130,7 +130,7 @@ class Runs:
         key = common | {"discount": self.discount} | key
 
         def says(record: Record) -> str:
-            names = (name for name in (REFITTED, CURRENT, "target") if name in record)
+            names = (name for name in (REFITTED, CURRENT, KNOWN, "target") if name in record)
             return ", ".join(f"{name} {record[name][0]}" for name in names)
 
         return self.runner.run(key, make, label, says)
@@ -171,10 +171,12 @@ def summary_of(runs: Runs, preset: str) -> Summary:
         target = truth["target"][0]
         for method, heads in VARIANTS:
             config, records = runs.tune(method, heads)
-            values = np.array([record[heads][0] for record in records], float)  # None: NaN
-            error = errors[method, heads] = np.abs(values - target) / abs(target)
-            row = (method, heads, f"{values.mean():.2f}", mean_and_interval(100 * error, ".1f"))
-            rows.append((*row, f"{config.rate:g}, {config.second:g}"))
+            best = heads == REFITTED or method == FQE
+            for kind in (heads, KNOWN) if best else (heads,):
+                values = np.array([record[kind][0] for record in records], float)  # None: NaN
+                error = errors[method, kind] = np.abs(values - target) / abs(target)
+                row = (method, kind, f"{values.mean():.2f}", mean_and_interval(100 * error, ".1f"))
+                rows.append((*row, f"{config.rate:g}, {config.second:g}"))
     except MissingError:
         pass  # runs are missing: what is there is shown
     value, _ = truth["behaviour"]
@@ -200,7 +202,10 @@ def summary_of(runs: Runs, preset: str) -> Summary:
             f"network) are searched jointly, {settings.budget} points on seed {settings.seeds[0]}; "
             f"the best {settings.num_finalists} are run on {len(settings.seeds)} seeds. All are "
             "selected by the same number, which knows no truth: the kernel loss of the Bellman "
-            f"residual (Feng, Li, Liu, 2019) on {size.num_held_out} held-out transitions."
+            f"residual (Feng, Li, Liu, 2019) on {size.num_held_out} held-out transitions. "
+            f"'{KNOWN}' says where an error comes from, no experimenter has it: on the features of "
+            "the row above, the head of least squared Bellman residual, with the expectations that "
+            f"stage 1 estimates taken from the simulator, at {size.num_known} transitions."
         ),
         tables=(
             Table(
@@ -242,11 +247,25 @@ REASONS = {
         "Current heads are too near zero on every seed: inside stage 2, W* is solved on one batch, "
         "and noise in a regressor shrinks its coefficient. With batches of 1024 (one seed, rate "
         "0.001, penalties 400) the current heads' estimate is 18.87, with batches of 64 it is "
-        "15.48 (penalties 25)."
+        "15.48 (penalties 25). The rows "
+        f"'{KNOWN}' are too low on the same features: as on Mountain Car, the least Bellman "
+        "residual is not the best value where features hold Q only in part. Where intervals "
+        "overlap, rounding decides: when these records were first made, the search chose other "
+        "settings, and refitted heads erred by 0.58 and 0.40 %."
     ),
     "mountain_car": (
-        "The intervals of proximal and original DFIV overlap. Why both are about 2 % too high, and "
-        "fitted Q evaluation is not: not found."
+        "The intervals of proximal and original DFIV overlap; when these records were first made, "
+        "the original's current heads erred by 4.4 % and were behind. Both methods are too high "
+        "because least squares on the Bellman residual are, see the rows "
+        f"'{KNOWN}': without any error of stage 1 the estimate is further off, and on the "
+        "features of fitted Q evaluation as well, whose own head is the best of all. The features "
+        "hold Q only in part: the root mean square "
+        "residual is 0.26 or more, where a step costs 1 (proximal, seed 0). The least one leaves a "
+        "mean of -0.07 on all transitions but those near the goal, and that adds up over a horizon "
+        "of 100 steps. Where stage 1 is estimated, most of it is gone; why is open. "
+        "Tried without a gain, proximal, one to three seeds: 1500 rounds (-75.3), 256 features "
+        "(-73.0), three layers of 128 with 1500 rounds (-73.8), a smaller beta of the refitted "
+        "heads (-74.9 to -72.2)."
     ),
 }
 

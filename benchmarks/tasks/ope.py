@@ -21,12 +21,19 @@ import numpy as np
 import optax
 
 from benchmarks.core.problem import network
-from benchmarks.data.ope import Starts, Transitions, make_starts, make_transitions
+from benchmarks.data.ope import (
+    Starts,
+    Transitions,
+    continuations,
+    make_starts,
+    make_transitions,
+)
 from benchmarks.models.mlp import MLP
-from cfll import iv
+from cfll import LinearHead, iv, ridge_solve
 
 PROXIMAL, ORIGINAL, FQE = "DFIV proximal, Eq. (17)", "DFIV", "fitted Q evaluation"
 REFITTED, CURRENT = "refitted", "current"  # heads; those of FQE are current
+KNOWN = "stage 1 known"  # heads that no experimenter has; see `known_head`
 WIDTH = 2.0  # of the kernel: about the median distance of two pairs, which are scaled
 
 
@@ -37,6 +44,7 @@ class Size(NamedTuple):
       num_train: transitions; both stages draw their batches from all of them.
       num_held_out: transitions of other episodes, to select by.
       num_starts: first states that the value is averaged over.
+      num_known: of the training transitions, those of which all continuations are told.
       rounds, stage1_steps, batch_size: of DFIV; FQE takes twice as many updates as both stages.
       widths: of both networks.
       lam12: of stage 2.
@@ -46,6 +54,7 @@ class Size(NamedTuple):
     num_train: int = 100_000
     num_held_out: int = 10_000
     num_starts: int = 1000
+    num_known: int = 10_000
     rounds: int = 300
     stage1_steps: int = 10
     batch_size: int = 256
@@ -68,6 +77,7 @@ Outcome = dict[str, Any]
 class Problem(NamedTuple):
     """What differs between seeds: data, and the initial parameters of psi and of phi."""
 
+    continuations: tuple[Any, Any]  # of the first training transitions; see `data/ope.py`
     train: Transitions
     held_out: Transitions
     starts: Starts
@@ -81,7 +91,8 @@ def make_problem(size: Size, environment: str, seed: int) -> Problem:
     held_out = make_transitions(environment, size.num_held_out, 2 * seed + 1)
     starts = make_starts(environment, size.num_starts, 0)
     psi, phi = (network(MLP(size.widths), 2 * seed + k, train.now[:1]).params for k in (0, 1))
-    return jax.tree.map(jnp.asarray, Problem(train, held_out, starts, psi, phi))
+    told = continuations(environment, train.now[: size.num_known])
+    return jax.tree.map(jnp.asarray, Problem(told, train, held_out, starts, psi, phi))
 
 
 def run_of(method: str) -> Callable[..., Outcome]:
@@ -119,7 +130,7 @@ def ended(pairs: jax.Array) -> Change:
 def run_dfiv(
     name: str, size: Size, discount: float, rate: Any, second: Any, problem: Problem, key: Any
 ) -> Outcome:
-    """Train both stages; value and kernel loss with refitted and with current heads."""
+    """Train both stages; value and kernel loss with all kinds of heads."""
     networks, train = networks_of(size, discount, problem), problem.train
     data = iv.IVBatch(
         instrument=train.now,
@@ -148,11 +159,17 @@ def run_dfiv(
     state, _ = jax.lax.scan(round_, state, jax.random.split(key, size.rounds))
     refitted = iv.refit(networks, state, [data], [data], size.refit_beta * len(train.reward))
 
-    heads = {REFITTED: refitted.stage2, CURRENT: state.stage2.anchor}
+    identity = LinearHead(jnp.eye(len(state.stage2.anchor.kernel)), None)
+
+    def features(pairs: Any) -> jax.Array:
+        return iv.predict(networks, state, ended(pairs), stage2=identity)
+
+    known = known_head(features, size, discount, problem)
+    heads = {REFITTED: refitted.stage2, CURRENT: state.stage2.anchor, KNOWN: known}
 
     def value(pairs: Any) -> jax.Array:
-        found = [iv.predict(networks, state, ended(pairs), stage2=head) for head in heads.values()]
-        return jnp.concatenate(found, axis=1)
+        psi = features(pairs)
+        return jnp.concatenate([head(psi) for head in heads.values()], axis=1)
 
     judged = dict(zip(heads, judge(value, discount, problem), strict=True))
     skipped = state.stage1.info.skipped + state.stage2.info.skipped
@@ -167,8 +184,11 @@ def run_fqe(
     num_steps = 2 * size.rounds * (size.stage1_steps + 1)
     tx = optax.adam(cosine(rate, num_steps))
 
+    def features(params: Any, pairs: Any) -> jax.Array:
+        return psi.apply(params["psi"], None, ended(pairs), train=True)[0]
+
     def value(params: Any, pairs: Any) -> jax.Array:
-        return psi.apply(params["psi"], None, ended(pairs), train=True)[0] @ params["head"]
+        return features(params, pairs) @ params["head"]
 
     def step(carry: Any, key: Any) -> Any:
         params, target, opt_state, count = carry
@@ -187,7 +207,25 @@ def run_fqe(
     params = {"psi": problem.psi, "head": jnp.zeros((size.widths[-1] + 1, 1))}
     carry: Any = (params, params, tx.init(params), 0)
     (params, *_), _ = jax.lax.scan(step, carry, jax.random.split(key, num_steps))
-    return {CURRENT: judge(partial(value, params), discount, problem)[0]}
+    known = known_head(partial(features, params), size, discount, problem)
+    judged = judge(
+        lambda pairs: features(params, pairs) @ jnp.hstack([params["head"], known.kernel]),
+        discount,
+        problem,
+    )
+    return dict(zip((CURRENT, KNOWN), judged, strict=True))
+
+
+def known_head(
+    features: Callable[[Any], jax.Array], size: Size, discount: float, problem: Problem
+) -> LinearHead:
+    """The least Bellman residual that the features allow: what stage 1 estimates, is known here."""
+    pairs, probabilities = problem.continuations
+    change = features(problem.train.now[: size.num_known])
+    for later, probability in zip(pairs, probabilities, strict=True):
+        change = change - discount * probability * features(later)
+    reward = jnp.asarray(problem.train.reward[: size.num_known])
+    return ridge_solve(change, reward, size.refit_beta * len(reward), use_bias=False)
 
 
 def cosine(rate: Any, num_steps: int) -> Callable[[Any], Any]:
