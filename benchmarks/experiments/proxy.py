@@ -63,7 +63,7 @@ class Size(NamedTuple):
 TUNING = tuple(range(100, 108))
 SIZES: dict[tuple[str, str], Size] = {
     ("demand", "small"): Size((1000,), 100, TUNING[:5], tuple(range(5))),
-    ("demand", "cpu"): Size((1000, 5000, 10_000), 100, TUNING, tuple(range(10))),
+    ("demand", "cpu"): Size((1000, 5000, 10_000), 100, TUNING, tuple(range(20))),
     ("dsprites", "small"): Size((1000,), 20, TUNING[:3], tuple(range(3)), 0.125),
     ("dsprites", "cpu"): Size((1000, 5000), 20, TUNING[:3], tuple(range(5)), 0.25),
 }
