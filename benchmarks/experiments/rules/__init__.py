@@ -34,10 +34,10 @@ from benchmarks.reporting.summary import Claim, Summary, Table, show
 
 TASKS = (
     "Tasks: Fourier neural operators on Burgers' equation, on Korteweg and de Vries', and "
-    "(navier_stokes, not run yet) on Navier and Stokes' in two dimensions; a DeepONet on Burgers'; "
-    "lorenz, a recurrent network that sees one coordinate of the Lorenz system and predicts all "
-    "three; rf1 and california, tables for a perceptron; cifar10 and omniglot, convolutional "
-    "networks. "
+    "(navier_stokes, Adam only so far) on Navier and Stokes' in two dimensions; a DeepONet on "
+    "Burgers'; lorenz, a recurrent network that sees one coordinate of the Lorenz system and "
+    "predicts all three; rf1 and california, tables for a perceptron; cifar10 and omniglot, "
+    "convolutional networks. "
 )
 REASONS = (
     "Why a start is not forgotten: the backbone's gradient is a multiple of the head, so a first "
