@@ -171,8 +171,8 @@ def summary_of(runs: Runs, preset: str) -> Summary:
         target = truth["target"][0]
         for method, heads in VARIANTS:
             config, records = runs.tune(method, heads)
-            best = heads == REFITTED or method == FQE
-            for kind in (heads, KNOWN) if best else (heads,):
+            once_per_method = heads == REFITTED or method == FQE
+            for kind in (heads, KNOWN) if once_per_method else (heads,):
                 values = np.array([record[kind][0] for record in records], float)  # None: NaN
                 error = errors[method, kind] = np.abs(values - target) / abs(target)
                 row = (method, kind, f"{values.mean():.2f}", mean_and_interval(100 * error, ".1f"))
@@ -259,13 +259,12 @@ REASONS = {
         "because least squares on the Bellman residual are, see the rows "
         f"'{KNOWN}': without any error of stage 1 the estimate is further off, and on the "
         "features of fitted Q evaluation as well, whose own head is the best of all. The features "
-        "hold Q only in part: the root mean square "
-        "residual is 0.26 or more, where a step costs 1 (proximal, seed 0). The least one leaves a "
-        "mean of -0.07 on all transitions but those near the goal, and that adds up over a horizon "
-        "of 100 steps. Where stage 1 is estimated, most of it is gone; why is open. "
-        "Tried without a gain, proximal, one to three seeds: 1500 rounds (-75.3), 256 features "
-        "(-73.0), three layers of 128 with 1500 rounds (-73.8), a smaller beta of the refitted "
-        "heads (-74.9 to -72.2)."
+        "hold Q only in part: the root mean square residual is 0.26 or more, where a step costs 1 "
+        "(proximal, seed 0). The least one leaves a mean of -0.07 on all transitions but those "
+        "near the goal, and that adds up over a horizon of 100 steps. Where stage 1 is estimated, "
+        "most of it is gone; why is open. Tried without a gain, proximal, one to three seeds: 1500 "
+        "rounds (-75.3), 256 features (-73.0), three layers of 128 with 1500 rounds (-73.8), a "
+        "smaller beta of the refitted heads (-74.9 to -72.2)."
     ),
 }
 
