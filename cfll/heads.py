@@ -79,7 +79,8 @@ def get_head(params: Any, head: HeadPath) -> LinearHead:
       head: path of the dense layer, ``"head"``, ``"decoder/head"`` or ``("decoder", "head")``.
 
     Returns:
-      The head with a kernel of shape (d, o), whatever the framework's own orientation.
+      The head with a kernel of shape (d, o): a ``kernel`` or ``w`` is taken as it is, a ``weight``
+      is (o, d), as Equinox has it.
 
     Raises:
       ValueError: if there is no dense layer at that path; the message lists those there are.

@@ -66,6 +66,9 @@ class Posterior(NamedTuple):
 
     def head_variance(self, features: jax.Array) -> jax.Array:
         """The variance (..., o) of the head's outputs for features (..., d)."""
+        d, given = len(self.head.kernel), jnp.shape(features)
+        if given[-1:] != (d,):
+            raise ValueError(f"features has shape {given}, but the head has {d}: write (..., {d}).")
         # A sum of squares, so that no rounding makes it negative.
         kernel = self.directions[: features.shape[-1]]
         bias = None if self.head.bias is None else self.directions[-1]
@@ -181,16 +184,13 @@ def _bayesian_ridge(stats: GramStats, anchor: LinearHead) -> tuple[Posterior, Ev
     rcond = jnp.maximum(values[0], 0) / values[-1]
     unseen = values <= info.eps * values[-1:]  # rounding
     values = jnp.where(unseen, 0, values)
+    divisors = jnp.where(unseen, 1, values)
 
-    def over_values(rows: jax.Array, beta: jax.Array) -> jax.Array:
-        # Where nothing was seen the anchor stays.
-        return jnp.where(unseen, 0, rows / jnp.where(unseen, 1, values + beta))
-
-    weights, products = dot(vectors.T, anchor.kernel), dot(vectors.T, cross)
-    zero = jnp.zeros((), dtype)
-    explained = over_values(jnp.square(values * weights + products), zero)
+    weights = dot(vectors.T, anchor.kernel)
+    products = jnp.where(unseen, 0, dot(vectors.T, cross))
+    explained = jnp.square(values * weights + products) / divisors
     # What least squares leaves. The difference has the rounding of the sums it is made of.
-    correction = over_values(products, zero)
+    correction = products / divisors
     left = squares - jnp.sum(products * correction, axis=0)
     share = share_rounded(stats)
     sizes = jnp.diagonal(gram + share * stats.gram)
@@ -200,8 +200,9 @@ def _bayesian_ridge(stats: GramStats, anchor: LinearHead) -> tuple[Posterior, Ev
     one = partial(_most_likely_beta, values[:, 0], count)
     beta = jax.lax.map(one, (explained.T, left))[None]
 
-    # The correction of the anchor, which keeps the digits of both.
-    kernel, bias = dot(vectors, over_values(products - beta * weights, beta)), None
+    # The correction of the anchor, which keeps the digits of both. Where nothing was seen it takes
+    # the anchor away: the mean of the prior is zero.
+    kernel, bias = dot(vectors, (products - beta * weights) / (values + beta)), None
     kept = beta / (values + beta)  # of a direction, what the penalty keeps from the head
     noise = (left + jnp.sum(kept * explained, axis=0)) / count
     variances = noise[None] / (values + beta)

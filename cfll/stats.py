@@ -97,7 +97,17 @@ class GramStats(NamedTuple):
         return _add(self, features, targets, sample_weight)
 
     def merge(self, other: "GramStats") -> "GramStats":
-        """The statistics of both sets of samples, of the same d, o and use_bias."""
+        """The statistics of both sets of samples, of the same d, o and use_bias.
+
+        Raises:
+          ValueError: while tracing, where those differ.
+        """
+        ours, theirs = ((*s.cross.shape, s.feature_sum is not None) for s in (self, other))
+        if ours != theirs:
+            raise ValueError(
+                f"statistics of (d, o, use_bias) = {theirs} do not fit those of {ours}: make both "
+                f"by GramStats.zeros{ours}."
+            )
         sums, terms = self._replace(lost=None), other._replace(lost=None)
         lost = jax.tree.map(jnp.add, _lost(self), _lost(other))
         return _joined(jax.tree.map(lambda *pair: Pair(*pair[:2]).plus(pair[2]), sums, lost, terms))

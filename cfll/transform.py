@@ -50,7 +50,8 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
     Args:
       rule: `cfll.prox`, `cfll.ridge`, `cfll.averaged_ridge` or your own `cfll.Rule`.
       head: path of the dense layer in the parameters: ``"head"``, ``"decoder/head"``, a tuple. Its
-        leaves must serve the head alone: that features depend on them (tied weights) is not seen.
+        leaves must serve the head alone, as ``features @ kernel + bias``: that the layer does
+        something else with them (weight norm, another order of the axes) is not seen.
 
     Returns:
       A transformation whose state is a `cfll.ClosedFormState`. A head that is not finite (NaN in
@@ -247,16 +248,23 @@ def get_state(opt_state: Any, head: HeadPath | None = None) -> ClosedFormState:
         return isinstance(node, ClosedFormState)
 
     leaves = jax.tree.leaves(getattr(opt_state, "opt_state", opt_state), is_leaf=is_state)
-    found = {next(iter(leaf.path)): leaf for leaf in leaves if is_state(leaf)}
-    wanted = list(found) if head is None else [heads.join_path(head)]
-    if len(wanted) != 1 or wanted[0] not in found:
-        which = f"at {wanted[0]!r}" if head is not None else "to be told apart without head="
+    states = list(filter(is_state, leaves))
+    paths = [next(iter(state.path)) for state in states]
+    path = None if head is None else heads.join_path(head)
+    found = [state for state, at in zip(states, paths, strict=True) if path in (None, at)]
+    if len(found) > 1 and len({next(iter(state.path)) for state in found}) == 1:
         raise ValueError(
-            f"no closed-form head {which}; this optimizer state has {sorted(found) or 'none'}. "
+            f"{len(found)} closed-form heads at {next(iter(found[0].path))!r}: hand get_state the "
+            "part of the state that holds the one, as in cfll.get_state(opt_state['generator'])."
+        )
+    if len(found) != 1:
+        which = f"at {path!r}" if head is not None else "to be told apart without head="
+        raise ValueError(
+            f"no closed-form head {which}; this optimizer state has {sorted(paths) or 'none'}. "
             "Write cfll.get_state(opt_state, head='decoder/head') for an optimizer that was made "
             f"by cfll.closed_form or holds a cfll.closed_form_head. {_RESTORED}"
         )
-    return unbox(found[wanted[0]])
+    return unbox(found[0])
 
 
 def unbox(tree: Any) -> Any:

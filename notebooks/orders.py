@@ -293,7 +293,7 @@ for count in range(5):
 # | φ(X), d × n | `features`, (..., d) | samples first; all leading axes are samples |
 # | Y, o × n | `targets`, (..., o) | floats; one-hot for classification |
 # | W, o × d, and b | `LinearHead(kernel, bias)`, (d, o) and (o,) | as Flax `Dense`; `bias=None` for none |
-# | W_t | `anchor` | in the optimizer's state, float32; bfloat16 parameters hold it rounded |
+# | W_t | `anchor` | in the optimizer's state, float32; bfloat16 parameters hold it rounded, and the step that wrote them is rounded, too |
 # | β, λ | `beta`, `lam` | scalar, (d,) or (d, d); both multiply a *sum* over samples |
 # | L_B | `rule.loss`, `prox_loss` | *mean* over samples, sum over outputs, so rates do not depend on the batch size |
 #

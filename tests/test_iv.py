@@ -329,6 +329,11 @@ def test_errors_name_the_fix():
         iv.predict(with_covariate, state, batch.treatment, jnp.ones((7, 2)))
     with pytest.raises(ValueError, match="write a scalar"):
         iv.refit(networks, method.init(batch), [batch], [batch], beta=jnp.ones(4))
+    once = iter([batch])
+    with pytest.raises(ValueError, match="stage2_data has no batches"):
+        iv.refit(networks, method.init(batch), once, once)
+    with pytest.raises(TypeError, match=r"stage1_data is a batch: write \[batch\]"):
+        iv.refit(networks, method.init(batch), batch, batch)
 
 
 def test_unequal_numbers_of_samples_are_named():

@@ -1,5 +1,6 @@
 """The Bayesian last layer: scikit-learn, closed forms in float64, coverage of intervals."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -182,6 +183,24 @@ def test_bfloat16_features_and_a_stream():
     found, _ = cfll.bayesian_ridge(stats)
     np.testing.assert_allclose(found.noise_variance, expected.noise_variance, rtol=1e-4)
     assert {part.dtype for part in found.predict(features)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize(("n", "d", "dead"), [(10, 30, 0), (40, 6, 2)])
+def test_residuals_of_an_anchor_where_features_do_not_determine_it(x64, n, d, dead):
+    features, targets = problem(n, d)
+    features[:, d - dead :] = 0
+    anchor = cfll.LinearHead(RNG.normal(size=(d, 1)), RNG.normal(size=1))
+    expected, _ = posterior_of(features, targets, dtype=np.float64)
+    posterior, _ = posterior_of(features, targets, anchor, dtype=np.float64)
+    chex.assert_trees_all_close(posterior.head, expected.head, rtol=1e-5, atol=1e-7)
+    new = RNG.normal(size=(5, d))
+    chex.assert_trees_all_close(posterior.predict(new), expected.predict(new), rtol=1e-5)
+
+
+def test_a_posterior_refuses_features_of_another_width():
+    posterior, _ = posterior_of(*problem(20, 3))
+    with pytest.raises(ValueError, match=r"write \(..., 3\)"):
+        posterior.head_variance(jnp.ones((5, 4)))
 
 
 def test_an_anchor_that_does_not_fit_is_refused():

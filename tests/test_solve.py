@@ -1,6 +1,7 @@
 """The kernels against float64 QR of the stacked system, scikit-learn and finite differences."""
 
 import itertools
+from functools import partial
 
 import chex
 import jax
@@ -295,6 +296,23 @@ def test_no_data_and_a_free_bias_keeps_the_anchor():
     np.testing.assert_allclose(stack(head), stack(anchor))
 
 
+@pytest.mark.parametrize("smallest", [0.0, 1e-14, 1e-11, 1e-8])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_feature_that_is_hardly_penalized_among_many(smallest, traced):
+    # Its own column of ones, as users make it, with fewer samples than features.
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(8, 20)).astype(np.float32)
+    features[:, 0] = 1
+    targets = features[:, 1:2] + 5
+    penalty = np.ones(20, np.float32)
+    penalty[0] = smallest
+    solve = partial(cfll.ridge_solve, features, targets, use_bias=False)
+    kernel = jax.jit(solve)(penalty).kernel if traced else solve(penalty).kernel
+    double = features.astype(float)
+    matrix = double.T @ double + np.diag(penalty.astype(float))
+    np.testing.assert_allclose(kernel, np.linalg.solve(matrix, double.T @ targets), atol=1e-5)
+
+
 def test_all_zero_features_give_a_finite_head():
     head = cfll.ridge_solve(jnp.zeros((9, 4)), jnp.ones((9, 1)), 0.0, penalize_bias=False)
     np.testing.assert_allclose(head.kernel, np.zeros((4, 1)))
@@ -501,8 +519,9 @@ def explicit_solve(features, targets, anchor, lam, weights):
 
 
 @pytest.mark.parametrize("solver", ["auto", "dual"])
-def test_derivatives_in_the_dual_are_exact_in_float32(x64, solver):
-    # The data outweigh the penalty by 1e4: what is computed as a difference has few digits left.
+@pytest.mark.parametrize("lam", [1e-2, 1e-4])
+def test_derivatives_in_the_dual_are_exact_in_float32(x64, solver, lam):
+    # The data outweigh the penalty by 1e4 and 1e6: no difference has digits left.
     rng = np.random.default_rng(0)
 
     def draw(*shape):
@@ -510,7 +529,7 @@ def test_derivatives_in_the_dual_are_exact_in_float32(x64, solver):
 
     anchor, cotangent = (cfll.LinearHead(draw(128, 3), draw(3)) for _ in range(2))
     weights = np.asarray(rng.uniform(0.5, 2, 100), np.float32)
-    args = draw(100, 128), draw(100, 3), anchor, np.float32(1e-2), weights
+    args = draw(100, 128), draw(100, 3), anchor, np.float32(lam), weights
 
     def gradients(solve, dtype):
         cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (args, cotangent))
@@ -526,10 +545,10 @@ def test_derivatives_in_the_dual_are_exact_in_float32(x64, solver):
     )
     by_features, by_targets, by_anchor, by_lam, by_weights = errors
     assert max(jax.tree.leaves((by_targets, by_anchor))) < 1e-5
-    # The penalty's is a small difference of products that the data outweigh by 1e4.
-    assert by_lam < 1e-3
-    # These hold what the solve left of the residual, itself a difference.
-    assert max(by_features, by_weights) < 1e-2
+    # It holds what the solve left of the residual, which is no difference here.
+    assert by_features < 1e-5
+    # These are small differences of products that the data outweigh.
+    assert max(by_lam, by_weights) < 1e-5 / lam
 
 
 @pytest.mark.slow

@@ -98,6 +98,9 @@ def test_errors():
     stats = cfll.GramStats.zeros(8, 2)
     with pytest.raises(ValueError, match=r"GramStats.zeros\(7, 2\)"):
         stats.add(F[:, :7], Y)
+    for other in ((7, 2), (1, 2), (8, 1), (8, 2, False)):
+        with pytest.raises(ValueError, match=r"GramStats.zeros\(8, 2, True\)"):
+            stats.merge(cfll.GramStats.zeros(*other))
     with pytest.raises(ValueError, match="use_bias=False"):
         stats.prox(cfll.LinearHead.zeros(8, 2, use_bias=False), 1.0)
     with pytest.raises(ValueError, match="beta is negative"):

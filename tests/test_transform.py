@@ -365,6 +365,29 @@ def test_a_solution_that_is_not_finite_is_refused():
     assert cfll.Route(cfll.get_state(state).info.route) == cfll.Route.GIVEN
 
 
+def test_a_step_that_float16_cannot_hold_is_refused(standard_promotion):
+    params = {"head": {"kernel": jnp.full((1, 1), 4e4, jnp.float16)}}
+    rule, x = cfll.ridge(1e-6), jnp.array([[1.0], [2.0]])
+    tx = cfll.closed_form_head(rule)
+    state = tx.init(params)
+    for target, skipped in ((-4e4, 1), (1.0, 1)):  # both finite; the way to the first is not
+        solution = rule.loss(x, target * x, cfll.get_state(state))[1]
+        updates, state = tx.update(params, state, params, solution=solution)
+        params = optax.apply_updates(params, updates)
+        assert bool(jnp.isfinite(params["head"]["kernel"]).all())
+        assert state.info.skipped == skipped
+    np.testing.assert_allclose(params["head"]["kernel"], 1, atol=32)  # float16 near 4e4
+
+
+def test_heads_at_the_same_path_are_told_apart():
+    tx, params = cfll.closed_form_head(PROX), make_params()
+    states = {"generator": tx.init(params), "critic": tx.init(params)}
+    for head in (None, "head"):
+        with pytest.raises(ValueError, match="2 closed-form heads at 'head'"):
+            cfll.get_state(states, head)
+    chex.assert_trees_all_equal(cfll.get_state(states["critic"]), states["critic"])
+
+
 def test_ten_thousand_steps_with_a_nan_batch_every_hundredth():
     # The backbone's own protection against NaN gradients is Optax's.
     tx = cfll.closed_form(optax.apply_if_finite(optax.sgd(0.05), 10), PROX)

@@ -1,6 +1,6 @@
 """predict, refit: the structural function, and both heads on all data."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -98,25 +98,37 @@ def refit(
       W, w and their diagnostics.
 
     Raises:
-      ValueError, TypeError: if data are missing from a batch or do not fit.
+      ValueError, TypeError: if data are missing from a batch or do not fit, or there are none.
     """
     if jnp.ndim(beta) != 0:
         raise ValueError(f"beta has shape {jnp.shape(beta)}: write a scalar, for both heads.")
     check_state(state)
     rows = _no_rows(state.stage1.anchor)
-    for batch in stage1_data:
+    for batch in _batches("stage1_data", stage1_data):
         check_rows("a batch of stage1_data", **batch._asdict())
         phi = instrument_features(networks, state, batch.instrument)
         rows = _append(rows, phi, treatment_features(networks, state, batch.treatment))
     stage1, stage1_info = _ridge(rows, state.stage1.anchor, beta, penalize_bias)
     rows = _no_rows(state.stage2.anchor)
-    for batch in stage2_data:
+    for batch in _batches("stage2_data", stage2_data):
         check_rows("a batch of stage2_data", **batch._asdict())
         psi = stage1(instrument_features(networks, state, batch.instrument))
         features = with_covariates(networks, state, psi, batch.covariate)
         rows = _append(rows, features, outcome_of(batch))
     stage2, stage2_info = _ridge(rows, state.stage2.anchor, beta, penalize_bias)
     return Refitted(stage1, stage2, stage1_info, stage2_info)
+
+
+def _batches(name: str, data: Iterable[IVBatch]) -> Iterator[IVBatch]:
+    """The batches; there must be one: without any the head would be zeros, and look sound."""
+    if isinstance(data, IVBatch):
+        raise TypeError(f"{name} is a batch: write [batch].")
+    empty = True
+    for batch in data:
+        empty = False
+        yield batch
+    if empty:
+        raise ValueError(f"{name} has no batches; a generator is read once: write list(...) of it.")
 
 
 def _no_rows(head: LinearHead) -> Samples:

@@ -26,8 +26,9 @@ def prox(
       axis_name: inside ``pmap`` or ``shard_map``, the mapped axis (or axes) whose devices share the
         batch, as in batch norm: the head is then that of all samples, from their `GramStats`, in
         two all-reduces (means, and sums around them); the mean of the losses over the axis is the
-        loss of all samples, and the mean of the gradients its gradient. ``()``: every device has a
-        network of its own. None is refused there, since replicas of a network would part.
+        loss of all samples, and the mean of the gradients its gradient (in ``shard_map`` those of
+        parameters that vary, see the guide "scale": of others JAX takes the sum). ``()``: every
+        device has a network of its own. None is refused there, since replicas would part.
 
     Returns:
       A `cfll.Rule`.

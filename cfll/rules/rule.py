@@ -65,7 +65,7 @@ class ClosedFormState(NamedTuple):
     Attributes:
       count: int32, number of updates, rejected ones included.
       anchor: the current head, W_t, in float32 or float64. The truth: bfloat16 parameters hold it
-        rounded.
+        rounded, and the step that wrote them is rounded, too.
       rule_state: the rule's own state; where there is a penalty it holds ``lam``.
       info: a `HeadInfo`.
       path: ``{path of the head: None}``. A key, since keys are no arrays and survive every
@@ -231,12 +231,14 @@ def advance(
 ) -> ClosedFormState:
     """The next state: the solution's head and rule state if that head is finite, else the old ones.
 
-    With the head in the parameters given, the new one must be finite in their dtypes, too.
+    With the head in the parameters given, the new one must be finite in their dtypes, too, and so
+    must be the way there.
     """
-    drift, written = jnp.zeros((), jnp.float32), state.anchor
+    drift, written = jnp.zeros((), jnp.float32), (state.anchor, state.anchor)
     new = jax.tree.map(_like, solution.head, state.anchor)
     if parameters is not None:
-        written = jax.tree.map(_like, new, parameters)
+        steps = jax.tree.map(lambda new, old: new - _like(old, new), new, parameters)
+        written = jax.tree.map(_like, (new, steps), (parameters, parameters))
         drift = _largest(
             jax.tree.map(lambda old, anchor: _like(old, anchor) - anchor, parameters, state.anchor)
         )

@@ -141,6 +141,8 @@ def huber(
     Examples:
       >>> rule = huber(lam=10.0, delta=1.35)
     """
+    if jnp.ndim(delta) != 0:
+        raise ValueError(f"delta has shape {jnp.shape(delta)}; write a scalar.")
     if not isinstance(delta, jax.core.Tracer) and not float(delta) > 0:
         raise ValueError(f"delta is {delta}; write delta > 0 in units of the targets, e.g. 1.0.")
 

@@ -13,7 +13,10 @@ from cfll.solve.primal import Primal
 from cfll.solve.problem import Problem, Residual
 from cfll.solve.qr import QR
 from cfll.solve.refine import is_hopeless
-from cfll.solve.route import SolveInfo
+from cfll.solve.route import Correction, SolveInfo
+
+# Features, up to which a matrix of d^2 may be set aside for penalties per feature.
+_LARGEST_QR = 4096
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,21 @@ class Auto:
 
     def correct(
         self, factor: Any, problem: Problem, residual: Residual, anchor: LinearHead | None
-    ) -> tuple[LinearHead, SolveInfo]:
-        def by(solver: Any) -> tuple[LinearHead, jax.Array]:
-            x, info = solver.correct(factor, problem, residual, anchor)
-            return x, info.as_arrays().route
+    ) -> Correction:
+        has_left = isinstance(self.cholesky, Dual)
 
-        failed = is_hopeless(factor.rcond)
-        x, route = jax.lax.cond(failed, lambda: by(self.fallback), lambda: by(self.cholesky))
-        return x, SolveInfo(route, factor.rcond)
+        def by(solver: Any, factor: Any) -> Correction:
+            x, info, left = solver.correct(factor, problem, residual, anchor)
+            if has_left and left is None:
+                left = problem.left_of(residual.rows, x)
+            return Correction(x, SolveInfo(info.route, factor_rcond).as_arrays(), left)
+
+        def fall_back() -> Correction:
+            own = self.fallback.factorize(problem, residual) if has_left else factor
+            return by(self.fallback, own)
+
+        factor_rcond = factor.rcond
+        return jax.lax.cond(is_hopeless(factor_rcond), fall_back, lambda: by(self.cholesky, factor))
 
     def apply_inverse(
         self, factor: Any, problem: Problem, rows: jax.Array | None, head: LinearHead
@@ -60,6 +70,7 @@ class Auto:
 def choose_solver(rows: int, d: int, penalty: jax.Array) -> Auto:
     """The smaller factor; shapes are known while tracing."""
     # A matrix penalty would need a factor of its own in the dual, and no rows have no dual at all.
-    if 0 < rows < d and jnp.ndim(penalty) < 2:
-        return Auto(Dual(), LQ())
-    return Auto(Primal(), QR())
+    if not 0 < rows < d or jnp.ndim(penalty) == 2:
+        return Auto(Primal(), QR())
+    # In units of the smallest of several penalties features of larger ones may be below rounding.
+    return Auto(Dual(), LQ() if jnp.ndim(penalty) == 0 or d > _LARGEST_QR else QR())

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from cfll.heads import LinearHead
 from cfll.samples import varying_like
 from cfll.solve.problem import Problem, Residual, add, split_head, stack_head
-from cfll.solve.route import Route, SolveInfo
+from cfll.solve.route import Correction, Route, SolveInfo
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class CG:
 
     def correct(
         self, factor: jax.Array, problem: Problem, residual: Residual, anchor: LinearHead | None
-    ) -> tuple[LinearHead, SolveInfo]:
+    ) -> Correction:
         del anchor
         x, iterations, left = self._iterate(factor, problem, problem.right_hand_side(residual))
-        return x, SolveInfo(Route.CG, jnp.ones(()), iterations, left)
+        return Correction(x, SolveInfo(Route.CG, jnp.ones(()), iterations, left))
 
     def apply_inverse(
         self, factor: jax.Array, problem: Problem, rows: jax.Array | None, head: LinearHead

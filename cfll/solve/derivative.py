@@ -11,7 +11,8 @@ system, which is solved by A dx = Phi~^T S c + g with the factor at hand. Transp
 right-hand sides (c, h), it is solved by A x = Phi~^T c - h. `jax.lax.custom_linear_solve` knows the
 system besides these two solutions: so it can be transposed (reverse mode) and differentiated again
 (higher orders), while the factor stays a constant. No root of a weight appears, whose derivative
-would be infinite at zero.
+would be infinite at zero. Where the data outweigh the penalty r is a difference that cancels, and
+the derivative by the features is made of it: a solver that knows S r otherwise, the dual, says it.
 """
 
 from functools import partial
@@ -51,10 +52,20 @@ def solve_correction(
     factor = solver.factorize(fixed, centered)
     if anchor is not None:
         anchor = _raise(anchor, centered)
-    x, info = solver.correct(factor, fixed, centered, anchor)
+    x, info, left = solver.correct(factor, fixed, centered, anchor)
     x = _raise(x, centered)
-    x = x if unit is None else scale(x, unit)
-    return _differentiable(solver, factor, x, problem, residual), info.as_arrays()
+    if unit is not None:
+        x, left = scale(x, unit), None if left is None else left * unit
+    r = _unweighted(fixed, left, rows - x(fixed.features))
+    return _differentiable(solver, factor, x, r, problem, residual)[0], info.as_arrays()
+
+
+def _unweighted(problem: Problem, left: jax.Array | None, difference: jax.Array) -> jax.Array:
+    """The difference r, with the digits it lost where it is small if S r is known otherwise."""
+    if left is None or problem.weights is None:
+        return difference if left is None else left
+    weights = problem.weights[:, None]
+    return jnp.where(weights > 0, left / jnp.where(weights > 0, weights, 1), difference)
 
 
 def _raise(head: LinearHead, residual: Residual) -> LinearHead:
@@ -66,30 +77,29 @@ def _raise(head: LinearHead, residual: Residual) -> LinearHead:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _differentiable(
-    solver: Solver, factor: Any, x: LinearHead, problem: Problem, residual: jax.Array
-) -> LinearHead:
+    solver: Solver, factor: Any, x: LinearHead, r: jax.Array, problem: Problem, residual: jax.Array
+) -> tuple[LinearHead, jax.Array]:
     del solver, factor, problem, residual
-    return x
+    return x, r
 
 
 @_differentiable.defjvp
 def _differentiable_jvp(solver, primals, tangents):
-    factor, _, problem, residual = primals
-    x = _differentiable(solver, *primals)
-    r = residual - x(problem.features)
+    factor, _, _, problem, residual = primals
+    x, r = _differentiable(solver, *primals)
 
     def equations(problem: Problem, residual: jax.Array) -> tuple[jax.Array, LinearHead]:
         normal = jax.tree.map(jnp.subtract, problem.adjoint(r), problem.penalize(x))
         return residual - x(problem.features), normal
 
-    _, (rows, head) = jax.jvp(equations, (problem, residual), tangents[2:])
-    return x, _solve_linear(solver, factor, problem, rows, head)
+    _, (rows, head) = jax.jvp(equations, (problem, residual), tangents[3:])
+    return (x, r), _solve_linear(solver, factor, problem, rows, head)
 
 
 def _solve_linear(
     solver: Solver, factor: Any, problem: Problem, rows: jax.Array, head: LinearHead
-) -> LinearHead:
-    """The solution x of A x = Phi~^T S rows + head, linear in rows and head."""
+) -> tuple[LinearHead, jax.Array]:
+    """The solution x of A x = Phi~^T S rows + head and r = rows - Phi~ x, linear in both."""
     n, fixed = len(rows), jax.lax.stop_gradient(problem)
 
     # One array of unknowns, r over kernel over bias: JAX transposes a linear solve only if all of
@@ -107,8 +117,8 @@ def _solve_linear(
 
     def solve(_: Any, right_hand_side: jax.Array) -> jax.Array:
         rows, negative = split(right_hand_side)
-        _, x = solver.apply_inverse(factor, fixed, rows, jax.tree.map(jnp.negative, negative))
-        return join(rows - x(fixed.features), x)
+        left, x = solver.apply_inverse(factor, fixed, rows, jax.tree.map(jnp.negative, negative))
+        return join(_unweighted(fixed, left, rows - x(fixed.features)), x)
 
     def transpose_solve(_: Any, right_hand_side: jax.Array) -> jax.Array:
         rows, negative = split(right_hand_side)
@@ -118,4 +128,5 @@ def _solve_linear(
 
     right_hand_side = join(rows, jax.tree.map(jnp.negative, head))
     solution = jax.lax.custom_linear_solve(matvec, right_hand_side, solve, transpose_solve)
-    return split(solution)[1]
+    r, x = split(solution)
+    return x, r

@@ -20,7 +20,7 @@ from cfll.heads import LinearHead
 from cfll.solve.cholesky import cho_solve, cholesky, cholesky_with_rcond, dot
 from cfll.solve.problem import Problem, Residual, as_column, stack_head
 from cfll.solve.refine import refine, step_limit
-from cfll.solve.route import Route, SolveInfo
+from cfll.solve.route import Correction, Route, SolveInfo
 
 
 class KernelMatrix(NamedTuple):
@@ -60,7 +60,7 @@ class Dual:
 
     def correct(
         self, factor: KernelMatrix, problem: Problem, residual: Residual, anchor: LinearHead | None
-    ) -> tuple[LinearHead, SolveInfo]:
+    ) -> Correction:
         z, s = problem.root_weighted()
         n, has_bias = len(z), problem.has_bias
         num_dual = n + has_bias  # rows of alpha over delta
@@ -84,28 +84,33 @@ class Dual:
             last = problem.bias_penalty * residual.mean
             right_hand_side = jnp.concatenate([right_hand_side, last])
         dual = _solve_bordered(factor, s, right_hand_side)
-        once = LinearHead(
-            _unpenalize(problem, factor.penalty_lower, dot(z.T, dual[:n])),
-            dual[n] if has_bias else None,
+        # With alpha, which is what the correction leaves of the residual.
+        once = Correction(
+            LinearHead(
+                _unpenalize(problem, factor.penalty_lower, dot(z.T, dual[:n])),
+                dual[n] if has_bias else None,
+            ),
+            SolveInfo(Route.DUAL, factor.rcond),
+            s * dual[:n],
         )
         # Stacked here and in the branch: what a branch is given is written to memory.
         rows = None if anchor is None else stack_head(anchor)
-        limit = step_limit(factor.rcond, stack_head(once), rows)
+        limit = step_limit(factor.rcond, stack_head(once.head), rows)
 
         # Refine alpha, delta and the kernel together. Not alpha alone, whose own rounding the
         # kernel Lambda^{-1} Z^T alpha magnifies where the data outweigh the penalty; nor the kernel
         # alone: Lambda^{-1} (g - Z^T C^{-1} Z Lambda^{-1} g), which would solve for what is left of
         # its normal equations, cancels there.
-        def refined() -> LinearHead:
-            x = jnp.concatenate([dual, once.kernel])
+        def refined() -> Correction:
+            x = jnp.concatenate([dual, once.head.kernel])
             # Here the bias, delta, stands above the kernel.
             above = None if anchor is None else jnp.roll(stack_head(anchor), has_bias, axis=0)
             x = refine(solve, residual_of, x, residual, limit, above, num_auxiliary=n)
-            return LinearHead(x[num_dual:], x[n] if has_bias else None)
+            head = LinearHead(x[num_dual:], x[n] if has_bias else None)
+            return once._replace(head=head, left=s * x[:n])
 
         # Without refinement there is no copy of the kernel below alpha.
-        x = jax.lax.cond(limit > 0, refined, lambda: once)
-        return x, SolveInfo(Route.DUAL, factor.rcond)
+        return jax.lax.cond(limit > 0, refined, lambda: once)
 
     def apply_inverse(
         self, factor: KernelMatrix, problem: Problem, rows: jax.Array | None, head: LinearHead

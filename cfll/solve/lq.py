@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from cfll.heads import LinearHead
 from cfll.solve.cholesky import dot
 from cfll.solve.problem import Problem, Residual, power_of_two_above
-from cfll.solve.route import Route, SolveInfo
+from cfll.solve.route import Correction, Route, SolveInfo
 
 # What is taken for rounding, in multiples of the machine epsilon.
 _NOISE = 32
@@ -56,6 +56,10 @@ class _Stack(NamedTuple):
         """P w."""
         return dot(self.q, dot(self.u, w)).reshape(-1, w.shape[1])[: self.dim]
 
+    def left_of(self, w: jax.Array) -> jax.Array:
+        """S^{1/2} alpha."""
+        return self.root * self.lam * dot(self.vt.T, self.inverse * w)
+
     def from_kernel(self, rows: jax.Array) -> jax.Array:
         """P^T rows."""
         blocks, size, _ = self.q.shape
@@ -74,7 +78,7 @@ class LQ:
 
     def correct(
         self, factor: Any, problem: Problem, residual: Residual, anchor: LinearHead | None
-    ) -> tuple[LinearHead, SolveInfo]:
+    ) -> Correction:
         del factor, anchor
         stack = _stack(problem)
         w = stack.rotate(residual.rows)
@@ -87,7 +91,8 @@ class LQ:
             schur = mine + other * jnp.sum(jnp.square(stack.border))
             delta = (other * dot(stack.border.T, w) - mine * residual.mean) / _or_one(schur)
             w, bias = w - stack.border * delta, delta[0]
-        return LinearHead(stack.scale * stack.to_kernel(w), bias), SolveInfo(Route.QR, stack.rcond)
+        head = LinearHead(stack.scale * stack.to_kernel(w), bias)
+        return Correction(head, SolveInfo(Route.QR, stack.rcond), stack.left_of(w))
 
     def apply_inverse(
         self, factor: Any, problem: Problem, rows: jax.Array | None, head: LinearHead
@@ -102,8 +107,7 @@ class LQ:
             schur = problem.bias_penalty + stack.lam * jnp.sum(jnp.square(stack.border))
             delta = (stack.lam * dot(stack.border.T, w) + head.bias[None, :]) / _or_one(schur)
             w, bias = w - stack.border * delta, delta[0]
-        alpha = stack.lam * dot(stack.vt.T, stack.inverse * w)
-        return stack.root * alpha, LinearHead(stack.scale * (scaled + stack.to_kernel(w)), bias)
+        return stack.left_of(w), LinearHead(stack.scale * (scaled + stack.to_kernel(w)), bias)
 
 
 def _stack(problem: Problem) -> _Stack:

@@ -15,7 +15,7 @@ from cfll.heads import LinearHead
 from cfll.solve.cholesky import cho_solve, cholesky_with_rcond, lower_gram
 from cfll.solve.problem import Problem, Residual, add, bordered_gram, split_head, stack_head
 from cfll.solve.refine import refine, step_limit
-from cfll.solve.route import Route, SolveInfo
+from cfll.solve.route import Correction, Route, SolveInfo
 
 
 class NormalEquations(NamedTuple):
@@ -51,14 +51,14 @@ class Primal:
         problem: Problem,
         residual: Residual,
         anchor: LinearHead | None,
-    ) -> tuple[LinearHead, SolveInfo]:
+    ) -> Correction:
         solve = self.inverse(factor, problem)
         # A Gram matrix with an infinity may have a factor that answers zeros.
         failed = jnp.where(jnp.isnan(factor.rcond), factor.rcond, jnp.zeros_like(factor.rcond))
         x = solve(stack_head(factor.right_hand_side)) + failed
         limit = step_limit(factor.rcond, x, None if anchor is None else stack_head(anchor))
         x = refine_by_data(solve, problem, x, residual, limit, anchor)
-        return split_head(x, problem.has_bias), SolveInfo(Route.PRIMAL, factor.rcond)
+        return Correction(split_head(x, problem.has_bias), SolveInfo(Route.PRIMAL, factor.rcond))
 
     def inverse(
         self, factor: NormalEquations, problem: Problem

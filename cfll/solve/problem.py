@@ -186,6 +186,9 @@ def check_penalty(name: str, penalty: Any, d: int, rows: int, free_bias: bool) -
     diagonal = np.diagonal(values) if values.ndim == 2 else np.broadcast_to(values, (d,))
     if values.ndim == 2 and not np.allclose(values, values.T, rtol=1e-5, atol=0):
         raise ValueError(f"{name} is not symmetric: write ({name} + {name}.T) / 2.")
+    roots = np.sqrt(diagonal, dtype=float)
+    if values.ndim == 2 and (abs(values) > np.outer(roots, roots) * (1 + 1e-5)).any():
+        raise ValueError(f"{name} is not positive semi-definite: write {name} = root.T @ root.")
     free = int((diagonal == 0).sum())
     if free and free + free_bias > rows:
         raise ValueError(

@@ -33,7 +33,7 @@ from cfll.samples import varying_like
 from cfll.solve.cholesky import cho_solve, cholesky, dot, lower_gram
 from cfll.solve.primal import NormalEquations, Primal, refine_by_data
 from cfll.solve.problem import Problem, Residual, bordered_gram, split_head, stack_head
-from cfll.solve.route import Route, SolveInfo
+from cfll.solve.route import Correction, Route, SolveInfo
 
 # The shift, relative to the diagonal, in multiples of the machine epsilon and sqrt(m); and what is
 # taken for rounding in b, in multiples of the shift.
@@ -51,7 +51,7 @@ class QR(Primal):
         problem: Problem,
         residual: Residual,
         anchor: LinearHead | None,
-    ) -> tuple[LinearHead, SolveInfo]:
+    ) -> Correction:
         basis = _find_basis(problem)
         limit = jnp.full((), _STEPS, jnp.int32)
         x = basis.solve(stack_head(factor.right_hand_side))
@@ -61,7 +61,7 @@ class QR(Primal):
         penalized = problem.penalize(split_head(x, problem.has_bias))
         pull = jax.tree.map(jnp.subtract, problem.right_hand_side(nothing), penalized)
         x = x + basis.solve_without_data(stack_head(pull))
-        return split_head(x, problem.has_bias), SolveInfo(Route.QR, factor.rcond)
+        return Correction(split_head(x, problem.has_bias), SolveInfo(Route.QR, factor.rcond))
 
     def inverse(
         self, factor: NormalEquations, problem: Problem

@@ -70,6 +70,21 @@ class SolveInfo(NamedTuple):
         return SolveInfo(route[k], rcond[k], iterations.max(), residual.max())
 
 
+class Correction(NamedTuple):
+    """What `Solver.correct` finds.
+
+    Attributes:
+      head: the solution x.
+      info: how it was found.
+      left: S (rows - Phi~ x), (n, o), of a solver that has it without that difference, which
+        cancels where the data outweigh the penalty; None of the others.
+    """
+
+    head: LinearHead
+    info: SolveInfo
+    left: jax.Array | None = None
+
+
 class Solver(Protocol):
     """One way to solve a `Problem`; hashable. A new one is one file with these three methods.
 
@@ -85,7 +100,7 @@ class Solver(Protocol):
 
     def correct(
         self, factor: Any, problem: Problem, residual: Residual, anchor: LinearHead | None
-    ) -> tuple[LinearHead, SolveInfo]:
+    ) -> Correction:
         """The solution x of A x = `Problem.right_hand_side`, as exact as anchor + x needs it."""
         ...
 
