@@ -117,6 +117,16 @@ def test_records_ignore_a_torn_line(tmp_path):
     assert Records(path).get({"rate": 0.2}) == {"error": 2.0}
 
 
+def test_records_share_a_folder(tmp_path):
+    Records(tmp_path / "one.jsonl").add({"rate": 0.1}, {"error": 1.0})
+    other = Records(tmp_path / "other.jsonl")
+    assert not other.made
+    assert other.get({"rate": 0.1}) == {"error": 1.0}
+    assert len(other.made) == 1  # of what was asked for
+    other.add({"rate": 0.2}, {"error": 2.0})
+    assert len((tmp_path / "one.jsonl").read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize("command", [[], ["quickstart"]])
 def test_help_reads_well(command):
     run = subprocess.run(

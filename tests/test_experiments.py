@@ -69,9 +69,8 @@ def command(name):
 def small_grids(monkeypatch):
     """Two rates and two strengths instead of all."""
     strengths = {"lam": (1.0, 100.0), "beta": (1.0, 100.0), "ratio": (1.0, 3.0)}
-    for name in ("BY_AXES", "JOINTLY"):
-        small = tuner.Tuner(descend, (0.01, 0.03), strengths, words="Tuned on small grids")
-        monkeypatch.setattr(tuner, name, small)
+    small = tuner.Tuner(descend, (0.01, 0.03), strengths, words="Tuned on small grids")
+    monkeypatch.setattr(tuner, "JOINTLY", small)
 
 
 @pytest.fixture
@@ -100,8 +99,8 @@ def test_burgers_runs_stops_and_resumes(tiny_burgers, tmp_path, monkeypatch, cap
     config = Config(tiny_burgers[1], 8, 0.01, 1.0, 0)
     problem = burgers_task.make_problem(burgers_task.SIZES["cpu"], tmp_path)
     old, new = (
-        Comparison(problem, Runner(Records(tmp_path / name))).run(config)
-        for name in ("burgers.jsonl", "again.jsonl")
+        Comparison(problem, Runner(Records(folder / "burgers.jsonl"))).run(config)
+        for folder in (tmp_path, tmp_path / "again")
     )
     np.testing.assert_allclose(new["validation"], old["validation"], rtol=1e-4)
 

@@ -72,7 +72,7 @@ class Comparison:
         keep: Path | None = None,
     ):
         self.problem, self.runner, self._keep = problem, runner, keep
-        self.tuner = tuned_by or tuner.BY_AXES
+        self.tuner = tuned_by or tuner.JOINTLY
         self.data: Callable[[], Data] = cache(problem.load)
         self._compiled: tuple[Any, Any] | None = None
 
@@ -94,13 +94,13 @@ class Comparison:
         method: Method,
         batch_size: int,
         seeds: Sequence[int],
-        start: Values | None = None,
         candidates: Sequence[Values] = (),
     ) -> Outcome:
         """The best hyperparameters by the last validation metric, then all seeds.
 
-        The search is the tuner's, from `start`, by default the problem's, unless candidates
-        are given. Raises MissingError if a run is missing and nothing may be trained.
+        The search is the tuner's, from the problem's start, unless candidates are given. Where a
+        seed diverges, the next finalist; if all do, the last. Raises MissingError if a run is
+        missing and nothing may be trained.
         """
 
         def cost(values: Values, seed: int) -> float:
@@ -113,10 +113,13 @@ class Comparison:
             found = self.tuner.choose(tried, cost, seeds)
         else:
             axes = self.tuner.axes(method.strength)
-            rate, strength = start or self.problem.start(method)
-            first = (rate, strength or 1.0)[: len(axes)]
-            found = self.tuner.tune(cost, axes, [first], seeds)
-        return self.outcome([config_of(method, batch_size, found.best, s) for s in seeds], found)
+            start = self.problem.start(method)[: len(axes)]
+            found = self.tuner.tune(cost, axes, [start], seeds)
+        for values in found.finalists:
+            configs = [config_of(method, batch_size, values, seed) for seed in seeds]
+            if all(self.run(config)["validation"][-1] is not None for config in configs):
+                break
+        return self.outcome(configs, found)
 
     def outcome(self, configs: Sequence[Config], found: Tuned | None = None) -> Outcome:
         """Run the same configuration on several seeds."""
@@ -252,7 +255,7 @@ def compare(
 ) -> list[Outcome]:
     """All methods at all batch sizes. If nothing may be trained, what lacks runs is left out."""
     outcomes = []
-    for batch_size, method in itertools.product(batch_sizes, rows):
+    for method, batch_size in itertools.product(rows, batch_sizes):
         with suppress(MissingError):
             outcomes.append(comparison.tune(method, batch_size, seeds))
     return outcomes

@@ -34,8 +34,8 @@ class Problem(NamedTuple):
     # (seed, first inputs) -> the network, head included; its parameters as a `Backbone`
     network: Callable[[int, Any], Backbone]
     metric: str  # "MSE" or "accuracy": what the curves show, and by its sign what is better
-    # Method -> first rate and strength to try.
-    start: Callable[[Method], tuple[float, float | None]]
+    # Method -> first rate and strength to try; a strength is ignored where a method has none.
+    start: Callable[[Method], tuple[float, ...]]
     # (batch, generator) -> batch, or None.
     augment: Callable[[Batch, np.random.Generator], Batch] | None = None
     num_measurements: int = 20  # points of a curve
@@ -49,6 +49,11 @@ class Problem(NamedTuple):
     def worst(self) -> float:
         """The metric of a run that diverged."""
         return math.inf if self.metric == "MSE" else 0.0
+
+
+def starts(rates: Mapping[str, float], **strengths: float) -> Callable[[Method], tuple[float, ...]]:
+    """A `Problem.start`: rates by optimizer; lam, beta and ratio by name, 1 if not given."""
+    return lambda method: (rates[method.optimizer], strengths.get(method.strength or "", 1.0))
 
 
 def network(model: Any, seed: int, inputs: Any) -> Backbone:

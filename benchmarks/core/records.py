@@ -11,6 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,41 +25,47 @@ Record = dict[str, Any]
 
 
 class Records:
-    """An append-only file of JSON lines {"key": ..., "result": ..., "made": ...}, read once.
+    """An append-only file of JSON lines {"key": ..., "result": ..., "made": ...}.
 
-    `made` has the machines and versions of all lines. The first `add` makes file and folder.
+    Experiments share runs: what is not in the file may be in the others of the folder, read once.
+    `made` has machines and versions of all results that were asked for. The first `add` makes file
+    and folder.
     """
 
     def __init__(self, path: Path):
         self._path = path
-        self._results: dict[str, Record] = {}
+        self._entries: dict[str, Record] = {}
         self.made: list[dict[str, str]] = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the last line of a run that was killed while it wrote
-                self._results[_canonical(entry["key"])] = entry["result"]
-                self._remember(entry.get("made"))
+        for file in sorted(path.parent.glob("*.jsonl"), key=lambda file: file == path):
+            self._entries |= _entries_of(file)
 
     def get(self, key: Mapping[str, Any]) -> Record | None:
         """The result under this key, or None."""
-        return self._results.get(_canonical(key))
+        entry = self._entries.get(_canonical(key))
+        if entry is None:
+            return None
+        if entry["made"] not in self.made:
+            self.made.append(entry["made"])
+        return entry["result"]
 
     def add(self, key: Mapping[str, Any], result: Record) -> None:
         """Append and remember a result."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
         with self._path.open("a") as file:
-            line = json.dumps({"key": key, "result": result, "made": made_here()})
-            file.write("\n" * torn + line + "\n")
-        self._results[_canonical(key)] = result
-        self._remember(made_here())
+            entry = {"key": key, "result": result, "made": made_here()}
+            file.write("\n" * torn + json.dumps(entry) + "\n")
+        self._entries[_canonical(key)] = entry
 
-    def _remember(self, made: dict[str, str] | None) -> None:
-        if made and made not in self.made:
-            self.made.append(made)
+
+def _entries_of(file: Path) -> dict[str, Record]:
+    """The lines of a file by their keys."""
+    entries = {}
+    for line in file.read_text().splitlines():
+        with suppress(json.JSONDecodeError):  # the last line of a run that was killed in writing
+            entry = json.loads(line)
+            entries[_canonical(entry["key"])] = entry
+    return entries
 
 
 @functools.cache

@@ -19,10 +19,15 @@ Cost = Callable[[Values, int], float]  # of hyperparameters and a seed; infinite
 
 
 class Tuned(NamedTuple):
-    """What a tuner found: the best values, and the cost of all that were tried on one seed."""
+    """What a tuner found: the finalists, best first, and the cost of all tried on one seed."""
 
-    best: Values
+    finalists: list[Values]
     tried: dict[Values, float]
+
+    @property
+    def best(self) -> Values:
+        """The first finalist."""
+        return self.finalists[0]
 
 
 class Tuner(NamedTuple):
@@ -62,12 +67,12 @@ class Tuner(NamedTuple):
         return self.choose({at(point): value for point, value in tried.items()}, cost, seeds)
 
     def choose(self, tried: dict[Values, float], cost: Cost, seeds: Sequence[int]) -> Tuned:
-        """Among those tried on the first seeds, the best on several."""
+        """The best of those tried on the first seeds, ranked by their mean on several."""
         means = {
             values: fmean(cost(values, seed) for seed in seeds[: self.final_seeds])
             for values in finalists(tried, self.num_finalists)
         }
-        return Tuned(best_of(means), tried)
+        return Tuned(sorted(means, key=lambda values: means[values]), tried)
 
 
 def nearest(axes: Sequence[Sequence[float]], values: Values) -> Point:
@@ -83,7 +88,7 @@ RATES = tuple(float(f"{mantissa}e{exponent}") for exponent in range(-5, 2) for m
 PENALTIES = tuple(10.0**k for k in range(-5, 6))
 RATIOS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
-# One axis after the other, on one seed: of the records of Burgers' equation and CIFAR-10.
+# One axis after the other, on one seed: of the records of CIFAR-10 and Burgers' equation.
 BY_AXES = Tuner(
     descend,
     RATES,
@@ -105,5 +110,5 @@ JOINTLY = Tuner(
     final_seeds=2,
     words="Every row has the same budget: at most 20 runs of a joint search over half decades of "
     "rates and decades of lam, beta or ratio on seed 0, the best three on a second seed too, "
-    "chosen by the last validation metric",
+    "chosen by the last validation metric; of these the next where a seed diverges",
 )

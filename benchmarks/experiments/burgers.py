@@ -18,13 +18,14 @@ from benchmarks.core.methods import (
     TWO_TIMESCALE,
     Method,
 )
+from benchmarks.core.problem import Problem
 from benchmarks.core.records import Records
 from benchmarks.core.runner import Runner, running
 from benchmarks.core.tuner import BY_AXES
 from benchmarks.experiments import Experiment
 from benchmarks.reporting.comparisons import (
     Pair,
-    curves_figure,
+    curves_by_optimizer,
     decide,
     level,
     lower,
@@ -32,7 +33,7 @@ from benchmarks.reporting.comparisons import (
     tuned_table,
 )
 from benchmarks.reporting.summary import Summary, show
-from benchmarks.tasks.burgers import SIZES, Preset, Size, make_problem
+from benchmarks.tasks.burgers import SIZES, Preset, Size, make_problem, start_by_axes
 
 OPTIMIZERS = ("SGD", "Adam", "Muon")
 METHODS = (
@@ -40,9 +41,9 @@ METHODS = (
         method
         for optimizer in OPTIMIZERS
         for method in (
-            Method(optimizer, GRADIENT),
-            Method(optimizer, PROXIMAL, ALGORITHM_1),
             Method(optimizer, PROXIMAL, EQUATION_17),
+            Method(optimizer, PROXIMAL, ALGORITHM_1),
+            Method(optimizer, GRADIENT),
         )
     ),
     Method("SGD", RIDGE, ALGORITHM_1),
@@ -86,7 +87,7 @@ def pairs_of(smallest: int, largest: int) -> list[Pair]:
                 lower,
             )
             for optimizer in OPTIMIZERS
-            for order in (ALGORITHM_1, EQUATION_17)
+            for order in (EQUATION_17, ALGORITHM_1)
         ),
         Pair(
             "Proximal is better than two-timescale SGD at every batch size.",
@@ -103,10 +104,15 @@ def pairs_of(smallest: int, largest: int) -> list[Pair]:
     ]
 
 
+def by_axes(problem: Problem, runner: Runner) -> Comparison:
+    """The comparison by the older search, of which the records are."""
+    return Comparison(problem._replace(start=start_by_axes), runner, BY_AXES)
+
+
 def summarize(records: Records, figures: Path, preset: str) -> Summary:
     """Replay the experiment on its records."""
     size = SIZES[preset]
-    comparison = Comparison(make_problem(size, Path()), Runner(records, make=False))
+    comparison = by_axes(make_problem(size, Path()), Runner(records, make=False))
     outcomes = compare(comparison, METHODS, size.batch_sizes, size.seeds)
     return summary_of(outcomes, size, figures, preset)
 
@@ -114,21 +120,13 @@ def summarize(records: Records, figures: Path, preset: str) -> Summary:
 def summary_of(outcomes: list[Outcome], size: Size, figures: Path, preset: str) -> Summary:
     """Tables, figures and claims."""
     batch_sizes = size.batch_sizes
-    papers = [o for o in outcomes if o.method.optimizer == "SGD"]
-    others = [o for o in outcomes if o.method.head in (GRADIENT, PROXIMAL) and o not in papers]
-    drawn = [
-        path
-        for name, shown in (("burgers", papers), ("burgers_optimizers", others))
-        for path in curves_figure(
-            shown, batch_sizes, figures / f"{name}.png", "test MSE (units of u²)", "log"
-        )
-    ]
     setup = (
         f"1448 / 200 / 400 functions, {size.epochs} epochs (the paper: 100), cosine decay, "
         f"a Fourier neural operator of width {size.model.width} with {size.model.modes} modes, "
         f"{size.model.depth} layers and {size.model.num_features} features. {BY_AXES.words}; the "
         f"best on seeds {', '.join(map(str, size.seeds))}. Curves: 256 points; table: all 8192 "
-        "points. The axes are the paper's: iterations, test MSE."
+        "points. The axes are the paper's: iterations, test MSE. Gradient heads of any ratio, by "
+        "joint search: 'Which head to take'."
     )
     caption = "Test MSE in units of u² on 8192 points, mean ± half the 95 % interval."
     pairs = pairs_of(min(batch_sizes), max(batch_sizes))
@@ -138,7 +136,9 @@ def summary_of(outcomes: list[Outcome], size: Size, figures: Path, preset: str) 
         setup=setup,
         tables=(number_table(outcomes, batch_sizes, caption), tuned_table(outcomes, batch_sizes)),
         claims=[decide(pair, outcomes, batch_sizes) for pair in pairs],
-        figures=drawn,
+        figures=curves_by_optimizer(
+            outcomes, batch_sizes, figures / "burgers.png", "test MSE (units of u²)", "log"
+        ),
     )
 
 
@@ -161,7 +161,7 @@ def burgers(
     size = SIZES[preset]
     size = dataclasses.replace(size, batch_sizes=batch_sizes or size.batch_sizes)
     with running(out, "burgers", RUNS_PER_ROW * len(METHODS) * len(size.batch_sizes)) as runner:
-        comparison = Comparison(make_problem(size, out, data), runner)
+        comparison = by_axes(make_problem(size, out, data), runner)
         outcomes = compare(comparison, METHODS, size.batch_sizes, size.seeds)
     show(summary_of(outcomes, size, out, preset))
 

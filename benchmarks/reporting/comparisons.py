@@ -62,6 +62,18 @@ def curves_figure(
     return plots.panels_by_batch_size(panels, path=path, ylabel=ylabel, yscale=yscale)
 
 
+def curves_by_optimizer(
+    outcomes: Sequence[Outcome], batch_sizes: Sequence[int], path: Path, ylabel: str, yscale: str
+) -> list[Path]:
+    """A figure each: the first optimizer's at the path, the others' beside it."""
+    drawn: list[Path] = []
+    for name in dict.fromkeys(outcome.method.optimizer for outcome in outcomes):
+        shown = [outcome for outcome in outcomes if outcome.method.optimizer == name]
+        at = path.with_stem(f"{path.stem}_{name.lower()}") if drawn else path
+        drawn += curves_figure(shown, batch_sizes, at, ylabel, yscale)
+    return drawn
+
+
 def find(outcomes: Iterable[Outcome], method: Method, batch_size: int) -> Outcome | None:
     """The outcome of a method at a batch size, if it was run."""
     for outcome in outcomes:

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from benchmarks.core.methods import AVERAGE, GRADIENT, PROXIMAL, RIDGE, TWO_TIMESCALE, Batch, Method
-from benchmarks.core.problem import Data, Problem, network
+from benchmarks.core.methods import Batch
+from benchmarks.core.problem import Data, Problem, network, starts
 from benchmarks.data import burgers as data
 from benchmarks.models.fno import FNO1d
 
@@ -33,7 +33,6 @@ SIZES: dict[str, Size] = {
 
 # Where searches start, in the middle of what planning runs found; every search walks on from there.
 START_RATES = {"SGD": 0.1, "Adam": 0.003, "Muon": 0.01}
-START_STRENGTHS = {PROXIMAL: 10.0, RIDGE: 1.0, AVERAGE: 1.0, TWO_TIMESCALE: 3.0, GRADIENT: None}
 
 
 class Scaling(NamedTuple):
@@ -82,10 +81,9 @@ def make_problem(size: Size, folder: Path, mat: Path | None = None) -> Problem:
         load=partial(load, folder, mat),
         network=partial(network, size.model),
         metric="MSE",
-        start=start_of,
+        start=starts(START_RATES, lam=10.0),
     )
 
 
-def start_of(method: Method) -> tuple[float, float | None]:
-    """Where searches begin."""
-    return START_RATES[method.optimizer], START_STRENGTHS[method.head]
+# For the older search, of which the records of Figure 2 are.
+start_by_axes = starts(START_RATES, lam=10.0, ratio=3.0)

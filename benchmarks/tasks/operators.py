@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import numpy as np
 
-from benchmarks.core.methods import Batch, Method
-from benchmarks.core.problem import Data, Problem, network
+from benchmarks.core.methods import Batch
+from benchmarks.core.problem import Data, Problem, network, starts
 from benchmarks.data import burgers, kdv, navier_stokes
 from benchmarks.models.deeponet import DeepONet
 from benchmarks.models.fno import FNO1d, FNO2d
@@ -64,10 +64,5 @@ def make_problem(name: OperatorName) -> Problem:
         load=partial(load, operator.solve),
         network=partial(network, operator.model),
         metric="MSE",
-        start=start_of,
+        start=starts(START_RATES),
     )
-
-
-def start_of(method: Method) -> tuple[float, float | None]:
-    """Where searches begin."""
-    return START_RATES[method.optimizer], 1.0

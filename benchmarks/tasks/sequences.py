@@ -4,8 +4,8 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.core.methods import Batch, Method
-from benchmarks.core.problem import Data, Problem, network
+from benchmarks.core.methods import Batch
+from benchmarks.core.problem import Data, Problem, network, starts
 from benchmarks.data import lorenz
 from benchmarks.models.gru import GRU
 
@@ -29,10 +29,5 @@ def make_problem() -> Problem:
         load=load,
         network=partial(network, MODEL),
         metric="MSE",
-        start=start_of,
+        start=starts(START_RATES),
     )
-
-
-def start_of(method: Method) -> tuple[float, float | None]:
-    """Where searches begin."""
-    return START_RATES[method.optimizer], 1.0

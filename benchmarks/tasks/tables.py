@@ -3,8 +3,8 @@
 from functools import partial
 from pathlib import Path
 
-from benchmarks.core.methods import Batch, Method
-from benchmarks.core.problem import Data, Problem, network
+from benchmarks.core.methods import Batch
+from benchmarks.core.problem import Data, Problem, network, starts
 from benchmarks.data.tables import NUM_TARGETS, TableName, load_table
 from benchmarks.models.mlp import MLP
 
@@ -39,10 +39,5 @@ def make_problem(name: TableName, folder: Path | None) -> Problem:
         load=read,
         network=partial(network, model),
         metric="MSE",
-        start=start_of,
+        start=starts(START_RATES, lam=100.0),
     )
-
-
-def start_of(method: Method) -> tuple[float, float | None]:
-    """Where searches begin."""
-    return START_RATES[method.optimizer], 100.0

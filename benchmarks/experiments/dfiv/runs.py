@@ -12,12 +12,12 @@ import numpy as np
 import optax
 
 import cfll
-from benchmarks.core import training, tuner
+from benchmarks.core import training
 from benchmarks.core.optimizers import cosine_decay
 from benchmarks.core.records import Record
 from benchmarks.core.runner import MissingError, Runner
-from benchmarks.core.search import search
-from benchmarks.core.tuner import Tuner, Values
+from benchmarks.core.search import descend, search
+from benchmarks.core.tuner import PENALTIES, RATES, Tuner, Values
 from benchmarks.tasks.dfiv import (
     Design,
     Size,
@@ -58,7 +58,7 @@ NUM_MEASUREMENTS = 15
 # more than one valley.
 STARTS = ((1e-3, 100.0, 100.0), (3e-3, 100.0, 1000.0), (3e-3, 10.0, 10.0))
 # One seed is noisy here: the best few are run on all seeds, and the best mean is taken.
-TUNER = tuner.BY_AXES._replace(num_finalists=3, final_seeds=3)
+TUNER = Tuner(descend, RATES, {"beta": PENALTIES}, num_finalists=3, final_seeds=3)
 # All three together, with costs that are means of two seeds: of the rows with decay.
 JOINTLY = TUNER._replace(search=partial(search, at_most=36), search_seeds=2)
 STARTS_OF_DECAY = ((3e-3, 100.0, 1000.0), (3e-2, 100.0, 100.0), (1e-1, 100.0, 100.0))

@@ -34,7 +34,7 @@ from benchmarks.reporting.summary import Claim, Summary, Table, show
 
 TASKS = (
     "Tasks: Fourier neural operators on Burgers' equation, on Korteweg and de Vries', and "
-    "(navier_stokes, Adam only so far) on Navier and Stokes' in two dimensions; a DeepONet on "
+    "on Navier and Stokes' in two dimensions (navier_stokes); a DeepONet on "
     "Burgers'; lorenz, a recurrent network that sees one coordinate of the Lorenz system and "
     "predicts all three; rf1 and california, tables for a perceptron; cifar10 and omniglot, "
     "convolutional networks. "
@@ -72,7 +72,7 @@ def summarize(records: Records, figures: Path, preset: str) -> Summary:
     parts = []
     for task in get_args(Task):
         problem, runner = make_problem(task, None, Path()), Runner(records, make=False)
-        comparison = Comparison(problem, runner, tuner.JOINTLY)
+        comparison = Comparison(problem, runner)
         parts.append(part_of(task, comparison, BATCH_SIZES[task], OPTIMIZERS))
     return page(filter(None, parts))
 
@@ -87,8 +87,8 @@ def page(parts: Iterable[Part]) -> Summary:
         + "`cfll.prox(lam)` and `cfll.adaptive_prox()`, in the order of Eq. (17), against "
         "gradient heads whose rate is 1e-4 to 1e3 times the backbone's, started at zero or as "
         "LeCun; with a squared loss, and for classes with cross entropy, too, against "
-        f"`cfll.softmax(lam)`. {tuner.JOINTLY.words}; the best on five seeds, the next where one "
-        "of those diverges. All rates decay on a cosine. Times per step are measured in turn.",
+        f"`cfll.softmax(lam)`. {tuner.JOINTLY.words}; the best on five seeds. All rates decay "
+        "on a cosine. Times per step are measured in turn.",
         tables=[
             Table(
                 GLANCE,
@@ -124,7 +124,7 @@ def rules(
     chosen = batch_sizes or BATCH_SIZES[task]
     num_runs = RUNS_PER_ROW * len(heads_of(task)) * len(optimizers) * len(chosen)
     with running(out, "rules", num_runs) as runner:
-        comparison = Comparison(make_problem(task, data, out), runner, tuner.JOINTLY)
+        comparison = Comparison(make_problem(task, data, out), runner)
         part = part_of(task, comparison, chosen, optimizers)
     show(page(filter(None, [part])))
 

@@ -86,7 +86,7 @@ def heads_of(task: Task) -> tuple[str, ...]:
     return (GRADIENT_HEAD, FIXED, TUNED, *classes)
 
 
-def tune(comparison: Comparison, row: Row, task: Task) -> Outcome:
+def tune(comparison: Comparison, row: Row) -> Outcome:
     """A row at its best hyperparameters."""
     loss = "cross entropy" if row.head == CROSS_ENTROPY else "l2"
     methods = {
@@ -95,37 +95,15 @@ def tune(comparison: Comparison, row: Row, task: Task) -> Outcome:
         SOFTMAX_HEAD: Method(row.optimizer, SOFTMAX, EQUATION_17),
     }
     method = methods.get(row.head, Method(row.optimizer, TWO_TIMESCALE, loss=loss, init="zeros"))
-    rate, strength = comparison.problem.start(Method(row.optimizer, PROXIMAL))
-    if task in CLASSIFIERS:
-        rate = images.START_RATES_JOINTLY[row.optimizer]
-    if row.head in methods:
-        found = comparison.tune(method, row.batch_size, SEEDS, (rate, strength or 1.0))
-        return steady(comparison, found)
-    # Where a slow head was good in trials: in classification. Elsewhere the ordinary one.
-    start = rate, 0.01 if task in CLASSIFIERS else 1.0
-    zeros = comparison.tune(method, row.batch_size, SEEDS, start)
-    # The other initialization only where zeros are good: it makes a difference of a few percent.
-    lecun = comparison.tune(
-        method._replace(init=None), row.batch_size, SEEDS, candidates=best_candidates(zeros)
-    )
-    sign = comparison.problem.sign
-    best = min(zeros, lecun, key=lambda outcome: sign * outcome.validation[:, -1].mean())
-    return steady(comparison, best)
-
-
-def steady(comparison: Comparison, found: Outcome) -> Outcome:
-    """The best of an outcome's finalists that diverges on no seed, if there is one."""
-    left, outcome = best_candidates(found), found
-    while left and not np.isfinite(outcome.final).all():
-        left = [values for values in left if values != values_of(outcome)[: len(values)]]
-        if left:
-            outcome = comparison.tune(outcome.method, outcome.batch_size, SEEDS, candidates=left)
-    return outcome
-
-
-def values_of(outcome: Outcome) -> tuple[float, float | None]:
-    """The best rate and second hyperparameter of an outcome."""
-    return outcome.rate, outcome.strength
+    found = comparison.tune(method, row.batch_size, SEEDS)
+    if row.head not in methods:
+        # The other initialization only where zeros are good: a difference of a few percent.
+        lecun = comparison.tune(
+            method._replace(init=None), row.batch_size, SEEDS, candidates=best_candidates(found)
+        )
+        sign = comparison.problem.sign
+        found = min(found, lecun, key=lambda outcome: sign * outcome.validation[:, -1].mean())
+    return found
 
 
 def best_candidates(outcome: Outcome) -> list[Values]:
@@ -144,7 +122,7 @@ def compare(
     for batch_size, optimizer, head in itertools.product(batch_sizes, optimizers, heads_of(task)):
         row = Row(optimizer, head, batch_size)
         with suppress(MissingError):
-            found[row] = tune(comparison, row, task)
+            found[row] = tune(comparison, row)
     return found
 
 
