@@ -186,7 +186,13 @@ def _bayesian_ridge(stats: GramStats, anchor: LinearHead) -> tuple[Posterior, Ev
     values = jnp.where(unseen, 0, values)
     divisors = jnp.where(unseen, 1, values)
 
-    weights = dot(vectors.T, anchor.kernel)
+    # Directions without any data, which rounding does not tell from weak ones: features that are
+    # constant, and as many as the samples are too few. The anchor, which was found in more digits
+    # than these sums have, stays in weak ones; in empty ones the mean of the prior, zero, does.
+    constant = jnp.diagonal(gram) <= info.eps**1.5 * jnp.diagonal(stats.gram)
+    empty = jnp.where(constant[:, None], anchor.kernel, 0)
+    null = unseen & (jnp.arange(d, dtype=dtype)[:, None] < d - count)
+    weights = dot(vectors.T, anchor.kernel - empty)
     products = jnp.where(unseen, 0, dot(vectors.T, cross))
     explained = jnp.square(values * weights + products) / divisors
     # What least squares leaves. The difference has the rounding of the sums it is made of.
@@ -200,9 +206,9 @@ def _bayesian_ridge(stats: GramStats, anchor: LinearHead) -> tuple[Posterior, Ev
     one = partial(_most_likely_beta, values[:, 0], count)
     beta = jax.lax.map(one, (explained.T, left))[None]
 
-    # The correction of the anchor, which keeps the digits of both. Where nothing was seen it takes
-    # the anchor away: the mean of the prior is zero.
-    kernel, bias = dot(vectors, (products - beta * weights) / (values + beta)), None
+    # The correction of the anchor, which keeps the digits of both.
+    correction = jnp.where(unseen & ~null, 0, (products - beta * weights) / (values + beta))
+    kernel, bias = dot(vectors, correction) - empty, None
     kept = beta / (values + beta)  # of a direction, what the penalty keeps from the head
     noise = (left + jnp.sum(kept * explained, axis=0)) / count
     variances = noise[None] / (values + beta)

@@ -132,8 +132,10 @@ def flatten(
     )
 
     def without(absent: jax.Array, rows: jax.Array) -> jax.Array:
-        # 0 * NaN is NaN. Finite values stay: the derivative by a weight of zero needs them.
-        return jnp.where(absent & ~jnp.isfinite(rows), jnp.zeros((), rows.dtype), rows)
+        # 0 * NaN is NaN, and so is zero times the square of a huge number, with which some mark
+        # what is missing. Others stay: the derivative by a weight of zero needs them.
+        held = jnp.isfinite(jnp.square(rows))
+        return jnp.where(absent & ~held, jnp.zeros((), rows.dtype), rows)
 
     features = without(jnp.all(weights == 0, axis=1, keepdims=True), features)
     return Samples(

@@ -226,6 +226,18 @@ def test_a_batch_that_is_not_finite_leaves_head_and_covariance():
         chex.assert_trees_all_equal(found.rule_state, before.rule_state)
 
 
+def test_a_traced_process_noise_of_zero_is_none():
+    rng = np.random.default_rng(0)
+    features, targets = (jnp.asarray(rng.normal(size=(8, k)), jnp.float32) for k in (3, O))
+
+    def head(noise):
+        rule = cfll.kalman(1.0, process_noise=noise)
+        state = initial_state(rule, cfll.LinearHead.zeros(3, O))
+        return rule.solve(features, targets, state).head
+
+    chex.assert_trees_all_close(jax.jit(head)(0.0), head(0.0), rtol=1e-4, atol=1e-6)
+
+
 def test_what_does_not_fit_is_refused():
     for keywords in ({"beta": 0.0}, {"forgetting": 0.0}, {"forgetting": 1.1}):
         with pytest.raises(ValueError, match="0 < forgetting <= 1"):

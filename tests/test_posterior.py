@@ -197,6 +197,17 @@ def test_residuals_of_an_anchor_where_features_do_not_determine_it(x64, n, d, de
     chex.assert_trees_all_close(posterior.predict(new), expected.predict(new), rtol=1e-5)
 
 
+def test_an_anchor_stays_in_a_direction_that_is_weak_in_float32():
+    features = RNG.normal(size=(400, 2)) * [1, 1e-4]
+    targets = features @ np.array([[1.0], [1e4]]) + 0.1 * RNG.normal(size=(400, 1))
+    anchor = cfll.LinearHead(jnp.array([[1.0], [1e4]]), jnp.zeros(1))
+    rest = targets - features @ np.array([[1.0], [1e4]])
+    stats = cfll.GramStats.zeros(2, 1).add(np.float32(features), np.float32(rest))
+    posterior, _ = cfll.bayesian_ridge(stats, anchor)
+    mean, variance = posterior.predict(np.float32(features))
+    assert np.mean((targets - mean) ** 2 / variance) < 1.2
+
+
 def test_a_posterior_refuses_features_of_another_width():
     posterior, _ = posterior_of(*problem(20, 3))
     with pytest.raises(ValueError, match=r"write \(..., 3\)"):

@@ -129,6 +129,8 @@ def test_routes_by_shape():
 
     assert route(8, 4, 1.0) == cfll.Route.PRIMAL
     assert route(4, 8, 1.0) == cfll.Route.DUAL
+    assert route(4, 8, np.full(8, 1e-6, np.float32)) == cfll.Route.DUAL
+    assert route(4, 8, np.geomspace(1e-12, 1, 8, dtype=np.float32)) == cfll.Route.PRIMAL
     assert route(4, 8, np.eye(8, dtype=np.float32)) == cfll.Route.PRIMAL
     assert route(4, 8, 1.0, solver="qr") == cfll.Route.QR
 
@@ -348,7 +350,7 @@ def test_a_negative_traced_penalty_is_nan():
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("fill", [0.0, 1e6, np.nan, np.inf])
+@pytest.mark.parametrize("fill", [0.0, 1e6, 1e20, 9.97e36, np.nan, np.inf])
 def test_a_padded_batch_is_the_batch(solver, fill):
     rng = np.random.default_rng(0)
     features = np.asarray(rng.normal(size=(5, 8)), np.float32)
@@ -549,6 +551,68 @@ def test_derivatives_in_the_dual_are_exact_in_float32(x64, solver, lam):
     assert by_features < 1e-5
     # These are small differences of products that the data outweigh.
     assert max(by_lam, by_weights) < 1e-5 / lam
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector", "traced vector", "matrix", "qr"])
+def test_derivatives_where_cholesky_fails(x64, kind):
+    # Features that hardly differ: fewer samples than features, and a small penalty.
+    rng = np.random.default_rng(0)
+    features = 10 + np.float32(0.01 * rng.normal(size=(4, 12)))
+    targets, cotangent = 0.01 * rng.normal(size=(4, 1)), rng.normal(size=(12, 1))
+    lam = np.full({"scalar": (), "qr": ()}.get(kind, 12), 1e-6)
+    lam = np.diag(lam) if kind == "matrix" else lam
+    solver = "qr" if kind == "qr" else "auto"
+
+    def ours(features, lam):
+        head = cfll.ridge_solve(features, np.float32(targets), lam, use_bias=False, solver=solver)
+        return jnp.sum(np.float32(cotangent) * head.kernel)
+
+    def explicit(features):
+        kernel = features @ features.T + 1e-6 * jnp.eye(4)
+        return jnp.sum(cotangent * (features.T @ jnp.linalg.solve(kernel, targets)))
+
+    if kind == "traced vector":
+        got = jax.jit(jax.grad(ours))(features, np.float32(lam))
+    else:
+        got = jax.jit(jax.grad(partial(ours, lam=np.float32(lam))))(features)
+    expected = jax.jit(jax.grad(explicit))(jnp.asarray(features, float))
+    assert relative_error(np.asarray(got), np.asarray(expected)) < 0.05
+
+
+@pytest.mark.parametrize("lam", [1e-6, 1e-9, 1e-12])
+def test_derivatives_at_repeated_samples_that_contradict_each_other(x64, lam):
+    rng = np.random.default_rng(0)
+    features, targets, at = (np.float32(rng.normal(size=s)) for s in ((4, 12), (4, 1), (1, 12)))
+    features[1] = features[0]
+
+    def ours(features):
+        return jnp.sum(cfll.ridge_solve(features, targets, jnp.float32(lam), use_bias=False)(at))
+
+    def explicit(features):
+        kernel = features @ features.T + lam * jnp.eye(4)
+        return jnp.sum(
+            at.astype(float) @ features.T @ jnp.linalg.solve(kernel, targets.astype(float))
+        )
+
+    got = jax.jit(jax.grad(ours))(features)
+    expected = jax.jit(jax.grad(explicit))(jnp.asarray(features, float))
+    assert relative_error(np.asarray(got), np.asarray(expected)) < 1e-3
+
+
+@pytest.mark.parametrize("strength", [1e-3, 1e-4])
+@pytest.mark.parametrize("lam", [1e-10, 1e-12])
+def test_a_free_bias_where_samples_are_nearly_repeated(strength, lam):
+    # In exact arithmetic the first two alone determine it: one is twice the other.
+    rng = np.random.default_rng(0)
+    rng.normal(size=36)
+    features, other, targets = (rng.normal(size=s) for s in ((4, 12), (1, 12), (4, 1)))
+    features[1] = 2 * features[0]
+    features[3] = 2 * features[2] + strength * other
+    features, targets = np.float32(features), np.float32(targets)
+    kernel = features.astype(float) @ features.T.astype(float) + lam * np.eye(4)
+    by_one, by_targets = np.linalg.solve(kernel, np.column_stack([np.ones(4), targets])).T
+    head = cfll.ridge_solve(features, targets, np.float32(lam), penalize_bias=False)
+    np.testing.assert_allclose(head.bias[0], by_targets.sum() / by_one.sum(), atol=2e-3)
 
 
 @pytest.mark.slow

@@ -239,6 +239,10 @@ def test_both_orders_train_and_follow_a_schedule(standard_promotion, name):
         assert float(state.lam) == 5.0
         assert int(state.info.skipped) == 0
         assert all(np.diff(history) < 0)
+    # It goes on beside a head that comes from elsewhere.
+    updates = jax.tree.map(jnp.zeros_like, params)
+    _, opt_state = tx.update(updates, opt_state, params, solution=state.anchor)
+    assert float(cfll.get_state(opt_state).lam) == 6.0
 
 
 @pytest.mark.parametrize("name", NAMES)

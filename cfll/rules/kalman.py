@@ -156,7 +156,7 @@ def _filter(
     """Predict, then correct."""
     root, seen, has_bias = old.covariance_root, old.weight_sum, anchor.bias is not None
     if process_noise is not None:
-        unit = jnp.sqrt(process_noise)
+        unit = jnp.sqrt(jnp.maximum(process_noise, jnp.finfo(root.dtype).tiny))  # zero if traced
         root = unit * _triangle(root.T / unit).T
     if memory is not None:
         forgetting, beta = memory

@@ -195,7 +195,10 @@ def _rule(loss: Loss, lam: Penalty, steps: int, penalize_bias: bool, solver: str
         return samples.let_xla_shard(run, problem.features, jax.P())(problem, batch, head)
 
     return Rule(
-        lambda anchor: penalty_state(lam, jnp.zeros((), jnp.int32), anchor), solve, objective
+        lambda anchor: penalty_state(lam, jnp.zeros((), jnp.int32), anchor),
+        solve,
+        objective,
+        lambda state: penalty_state(lam, state.count, state.anchor),
     )
 
 

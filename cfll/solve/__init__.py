@@ -70,8 +70,8 @@ def ridge_solve(
       solver: "auto", "primal", "dual", "qr" or "cg"; see `cfll.solve`. Only "auto"
         guards against singular systems; the others answer NaN where they fail. `cfll.CG` is "cg"
         with options. With fewer samples than features float32 loses the small features beside one
-        that is 1e5 times larger (with more than 4096 features, and a penalty each, beside one that
-        is penalized 1e10 times less); `cfll.SolveInfo.rcond` is then zero: take "primal".
+        that is 1e5 times larger (with more than 4096 of them and traced penalties, beside one that
+        is penalized 1e8 times less); `cfll.SolveInfo.rcond` is then zero: take "primal".
 
     Returns:
       The head, float32 or float64. Data-dependent trouble (NaN in, negative traced penalty) is NaN.

@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cfll.heads import LinearHead
+from cfll.samples import concrete
 from cfll.solve.dual import Dual
 from cfll.solve.lq import LQ
 from cfll.solve.primal import Primal
@@ -15,8 +17,10 @@ from cfll.solve.qr import QR
 from cfll.solve.refine import is_hopeless
 from cfll.solve.route import Correction, SolveInfo
 
-# Features, up to which a matrix of d^2 may be set aside for penalties per feature.
-_LARGEST_QR = 4096
+# Smallest of several penalties over the largest, down to which a dual serves all of the features.
+_SMALLEST_RATIO = 1e-8
+# Features, up to which they get a primal where the penalties are not known while tracing.
+_LARGEST_PRIMAL = 4096
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,12 @@ class Auto:
     def correct(
         self, factor: Any, problem: Problem, residual: Residual, anchor: LinearHead | None
     ) -> Correction:
-        has_left = isinstance(self.cholesky, Dual)
+        def by(solver: Any) -> Correction:
+            found = solver.correct(factor, problem, residual, anchor)
+            return found._replace(info=SolveInfo(found.info.route, factor.rcond).as_arrays())
 
-        def by(solver: Any, factor: Any) -> Correction:
-            x, info, left = solver.correct(factor, problem, residual, anchor)
-            if has_left and left is None:
-                left = problem.left_of(residual.rows, x)
-            return Correction(x, SolveInfo(info.route, factor_rcond).as_arrays(), left)
-
-        def fall_back() -> Correction:
-            own = self.fallback.factorize(problem, residual) if has_left else factor
-            return by(self.fallback, own)
-
-        factor_rcond = factor.rcond
-        return jax.lax.cond(is_hopeless(factor_rcond), fall_back, lambda: by(self.cholesky, factor))
+        failed = is_hopeless(factor.rcond)
+        return jax.lax.cond(failed, lambda: by(self.fallback), lambda: by(self.cholesky))
 
     def apply_inverse(
         self, factor: Any, problem: Problem, rows: jax.Array | None, head: LinearHead
@@ -70,7 +66,16 @@ class Auto:
 def choose_solver(rows: int, d: int, penalty: jax.Array) -> Auto:
     """The smaller factor; shapes are known while tracing."""
     # A matrix penalty would need a factor of its own in the dual, and no rows have no dual at all.
-    if not 0 < rows < d or jnp.ndim(penalty) == 2:
+    if not 0 < rows < d or jnp.ndim(penalty) == 2 or _may_differ_a_lot(penalty):
         return Auto(Primal(), QR())
-    # In units of the smallest of several penalties features of larger ones may be below rounding.
-    return Auto(Dual(), LQ() if jnp.ndim(penalty) == 0 or d > _LARGEST_QR else QR())
+    return Auto(Dual(), LQ())
+
+
+def _may_differ_a_lot(penalty: jax.Array) -> bool:
+    """Whether features of larger penalties may be below rounding in units of the smallest one."""
+    if jnp.ndim(penalty) == 0:
+        return False
+    values = concrete(penalty)
+    if values is None:
+        return len(penalty) <= _LARGEST_PRIMAL
+    return bool(np.min(values) < _SMALLEST_RATIO * np.max(values))

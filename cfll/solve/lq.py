@@ -58,7 +58,9 @@ class _Stack(NamedTuple):
 
     def left_of(self, w: jax.Array) -> jax.Array:
         """S^{1/2} alpha."""
-        return self.root * self.lam * dot(self.vt.T, self.inverse * w)
+        # With lambda zero what no feature explains stays, as with any other.
+        lam = jnp.where(self.lam == 0, jnp.square(1 / jnp.max(self.inverse)), self.lam)
+        return self.root * lam * dot(self.vt.T, self.inverse * w)
 
     def from_kernel(self, rows: jax.Array) -> jax.Array:
         """P^T rows."""
@@ -140,8 +142,9 @@ def _stack(problem: Problem) -> _Stack:
     strength, cut = jnp.linalg.norm(u, axis=0) * sigma, _NOISE * eps * sigma[0]
     seen = (strength > cut) | (jnp.square(sigma) > eps * jnp.square(sigma[0]))
     u = jnp.where(seen[None, :], u, jnp.where(jnp.isnan(u), u, 0)).reshape(blocks, n, n)
-    # Not zero: what the features do not explain determines a bias.
-    inverse = 1 / _or_one(jnp.maximum(sigma, cut))[:, None]
+    # Without data Sigma is sqrt(lambda). Not zero: what no feature explains determines a bias.
+    alone = jnp.maximum(jnp.sqrt(lam), jnp.finfo(z.dtype).tiny ** (1 / 3))
+    inverse = 1 / jnp.where(strength > cut, sigma, alone)[:, None]
     rcond = jnp.square(sigma[-1] / sigma[0])
     # What is rounding in V^T s must not meet 1 / Sigma^2: repeated samples would move the bias.
     rotated = dot(vt, root)

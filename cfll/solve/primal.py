@@ -52,7 +52,7 @@ class Primal:
         residual: Residual,
         anchor: LinearHead | None,
     ) -> Correction:
-        solve = self.inverse(factor, problem)
+        solve = partial(cho_solve, factor.lower)
         # A Gram matrix with an infinity may have a factor that answers zeros.
         failed = jnp.where(jnp.isnan(factor.rcond), factor.rcond, jnp.zeros_like(factor.rcond))
         x = solve(stack_head(factor.right_hand_side)) + failed
@@ -60,19 +60,12 @@ class Primal:
         x = refine_by_data(solve, problem, x, residual, limit, anchor)
         return Correction(split_head(x, problem.has_bias), SolveInfo(Route.PRIMAL, factor.rcond))
 
-    def inverse(
-        self, factor: NormalEquations, problem: Problem
-    ) -> Callable[[jax.Array], jax.Array]:
-        """The function that maps rows, (d + 1, k), to A^{-1} rows."""
-        del problem
-        return partial(cho_solve, factor.lower)
-
     def apply_inverse(
         self, factor: NormalEquations, problem: Problem, rows: jax.Array | None, head: LinearHead
     ) -> tuple[jax.Array, LinearHead]:
         if rows is not None:
             head = add(head, problem.adjoint(rows))
-        x = split_head(self.inverse(factor, problem)(stack_head(head)), problem.has_bias)
+        x = split_head(cho_solve(factor.lower, stack_head(head)), problem.has_bias)
         return problem.left_of(rows, x), x
 
 

@@ -32,7 +32,7 @@ from cfll.heads import LinearHead
 from cfll.samples import varying_like
 from cfll.solve.cholesky import cho_solve, cholesky, dot, lower_gram
 from cfll.solve.primal import NormalEquations, Primal, refine_by_data
-from cfll.solve.problem import Problem, Residual, bordered_gram, split_head, stack_head
+from cfll.solve.problem import Problem, Residual, add, bordered_gram, split_head, stack_head
 from cfll.solve.route import Correction, Route, SolveInfo
 
 # The shift, relative to the diagonal, in multiples of the machine epsilon and sqrt(m); and what is
@@ -63,12 +63,17 @@ class QR(Primal):
         x = x + basis.solve_without_data(stack_head(pull))
         return Correction(split_head(x, problem.has_bias), SolveInfo(Route.QR, factor.rcond))
 
-    def inverse(
-        self, factor: NormalEquations, problem: Problem
-    ) -> Callable[[jax.Array], jax.Array]:
-        """The function that maps rows, (d + 1, k), to A^{-1} rows."""
+    def apply_inverse(
+        self, factor: NormalEquations, problem: Problem, rows: jax.Array | None, head: LinearHead
+    ) -> tuple[jax.Array, LinearHead]:
         del factor  # made of squares, which may be out of range
-        return _find_basis(problem).solve
+        basis = _find_basis(problem)
+        both = head if rows is None else add(head, problem.adjoint(rows))
+        x = split_head(basis.solve(stack_head(both)), problem.has_bias)
+        # Without data the penalties alone have to balance the head.
+        pull = jax.tree.map(jnp.subtract, head, problem.penalize(x))
+        x = add(x, split_head(basis.solve_without_data(stack_head(pull)), problem.has_bias))
+        return problem.left_of(rows, x), x
 
 
 class _Basis(NamedTuple):
