@@ -599,6 +599,25 @@ def test_derivatives_at_repeated_samples_that_contradict_each_other(x64, lam):
     assert relative_error(np.asarray(got), np.asarray(expected)) < 1e-3
 
 
+@pytest.mark.parametrize("lam", [1e-6, 1e-8])
+def test_derivative_by_the_weights_of_samples_that_contradict_each_other(x64, lam):
+    # The fit at one of them is the weighted mean of their targets.
+    rng = np.random.default_rng(0)
+    features, targets = (np.float32(rng.normal(size=s)) for s in ((4, 12), (4, 1)))
+    features[1] = features[0]
+    weights = np.float32([1, 1.5, 0.7, 2])
+
+    def fit(weights):
+        head = cfll.ridge_solve(
+            features, targets, np.float32(lam), use_bias=False, sample_weight=weights
+        )
+        return head(features[:1])[0, 0]
+
+    gap = (targets[0, 0] - targets[1, 0]) / 2.5**2
+    expected = [1.5 * gap, -gap, 0, 0]
+    np.testing.assert_allclose(jax.jit(jax.grad(fit))(weights), expected, atol=1e-3)
+
+
 @pytest.mark.parametrize("strength", [1e-3, 1e-4])
 @pytest.mark.parametrize("lam", [1e-10, 1e-12])
 def test_a_free_bias_where_samples_are_nearly_repeated(strength, lam):

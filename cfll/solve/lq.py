@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from cfll.heads import LinearHead
 from cfll.solve.cholesky import dot
-from cfll.solve.problem import Problem, Residual, power_of_two_above
+from cfll.solve.problem import Problem, Residual, add, power_of_two_above
 from cfll.solve.route import Correction, Route, SolveInfo
 
 # What is taken for rounding, in multiples of the machine epsilon.
@@ -51,6 +51,11 @@ class _Stack(NamedTuple):
     def rotate(self, rows: jax.Array) -> jax.Array:
         """Sigma^{-1} V^T S^{1/2} rows."""
         return self.inverse * dot(self.vt, self.root * rows)
+
+    def rotate_left(self, left: jax.Array) -> jax.Array:
+        """Sigma^{-1} V^T alpha, for S^{1/2} alpha; without weight no sample has one."""
+        root = jnp.where(self.root == 0, 1, self.root)
+        return self.inverse * dot(self.vt, left / root)
 
     def to_kernel(self, w: jax.Array) -> jax.Array:
         """P w."""
@@ -102,14 +107,27 @@ class LQ:
         del factor
         stack = _stack(problem)
         scaled = stack.scale * head.kernel / stack.lam
-        w, bias = -stack.from_kernel(scaled), None
+        schur = stack.lam * jnp.sum(jnp.square(stack.border))
+
+        def solve(w: jax.Array, pull: Any) -> tuple[jax.Array, Any]:
+            """W without the share of the bias, and the bias."""
+            if problem.bias_penalty is None or pull is None:
+                return w, None
+            divisor = _or_one(problem.bias_penalty + schur)
+            delta = (stack.lam * dot(stack.border.T, w) + pull) / divisor
+            return w - stack.border * delta, delta[0]
+
+        w = -stack.from_kernel(scaled)
         if rows is not None:
             w = w + stack.rotate(rows)
-        if problem.bias_penalty is not None and head.bias is not None:
-            schur = problem.bias_penalty + stack.lam * jnp.sum(jnp.square(stack.border))
-            delta = (stack.lam * dot(stack.border.T, w) + head.bias[None, :]) / _or_one(schur)
-            w, bias = w - stack.border * delta, delta[0]
-        return stack.left_of(w), LinearHead(stack.scale * (scaled + stack.to_kernel(w)), bias)
+        w, bias = solve(w, None if head.bias is None else head.bias[None, :])
+        left, x = stack.left_of(w), LinearHead(stack.scale * (scaled + stack.to_kernel(w)), bias)
+        # That sum cancels, as in the dual; its error shows in the predictions.
+        unweighted = -x(problem.features) if rows is None else rows - x(problem.features)
+        w = stack.rotate(unweighted) - stack.rotate_left(left)
+        w, change = solve(w, None if bias is None else jnp.zeros_like(bias)[None, :])
+        more = LinearHead(stack.scale * stack.to_kernel(w), change)
+        return left + stack.left_of(w), add(x, more)
 
 
 def _stack(problem: Problem) -> _Stack:
