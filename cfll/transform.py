@@ -50,8 +50,7 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
     Args:
       rule: `cfll.prox`, `cfll.ridge`, `cfll.averaged_ridge` or your own `cfll.Rule`.
       head: path of the dense layer in the parameters: ``"head"``, ``"decoder/head"``, a tuple. Its
-        leaves must serve the head alone, as ``features @ kernel + bias``: that the layer does
-        something else with them (weight norm, another order of the axes) is not seen.
+        leaves must serve it alone, as ``features @ kernel + bias``: weight norm is not seen.
 
     Returns:
       A transformation whose state is a `cfll.ClosedFormState`. A head that is not finite (NaN in
@@ -243,28 +242,25 @@ def get_state(opt_state: Any, head: HeadPath | None = None) -> ClosedFormState:
       >>> get_state(tx.init(params)).lam
       Array(10., dtype=float32)
     """
-
-    def is_state(node: Any) -> bool:
-        return isinstance(node, ClosedFormState)
-
-    leaves = jax.tree.leaves(getattr(opt_state, "opt_state", opt_state), is_leaf=is_state)
-    states = list(filter(is_state, leaves))
-    paths = [next(iter(state.path)) for state in states]
+    tree = getattr(opt_state, "opt_state", opt_state)
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, ClosedFormState))
+    states = [(next(iter(x.path)), x) for x in leaves if isinstance(x, ClosedFormState)]
     path = None if head is None else heads.join_path(head)
-    found = [state for state, at in zip(states, paths, strict=True) if path in (None, at)]
-    if len(found) > 1 and len({next(iter(state.path)) for state in found}) == 1:
+    found = [(at, state) for at, state in states if path in (None, at)]
+    if len(found) > 1 and len(dict(found)) == 1:
         raise ValueError(
-            f"{len(found)} closed-form heads at {next(iter(found[0].path))!r}: hand get_state the "
-            "part of the state that holds the one, as in cfll.get_state(opt_state['generator'])."
+            f"{len(found)} closed-form heads at {found[0][0]!r}: hand get_state the part of the "
+            "state that holds the one, as in cfll.get_state(opt_state['generator'])."
         )
     if len(found) != 1:
         which = f"at {path!r}" if head is not None else "to be told apart without head="
+        names = sorted(at for at, _ in states) or "none"
         raise ValueError(
-            f"no closed-form head {which}; this optimizer state has {sorted(paths) or 'none'}. "
+            f"no closed-form head {which}; this optimizer state has {names}. "
             "Write cfll.get_state(opt_state, head='decoder/head') for an optimizer that was made "
             f"by cfll.closed_form or holds a cfll.closed_form_head. {_RESTORED}"
         )
-    return unbox(found[0])
+    return unbox(found[0][1])
 
 
 def unbox(tree: Any) -> Any:
