@@ -378,7 +378,8 @@ def test_the_command_measures_stops_and_resumes(tmp_path, monkeypatch, capsys):
     path.write_text("\n".join(lines[:7]) + "\n")
     summary = numerics.summarize(Records(path), tmp_path, "cpu")
     assert summary.tables[0].rows
-    assert numerics.summarize(Records(tmp_path / "none"), tmp_path, "cpu").claims[0].holds is None
+    none = Records(tmp_path / "elsewhere" / "none.jsonl")
+    assert numerics.summarize(none, tmp_path, "cpu").claims[0].holds is None
 
 
 def test_solvers_err_as_they_should():
