@@ -13,7 +13,7 @@ your loss.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -166,7 +166,7 @@ def feature_fn(
 
         def nnx_features(params: Any) -> jax.Array:
             copy = nnx.merge(graph, params, *states[1:], copy=True)
-            return getattr(copy, method or "__call__")(*args, **kwargs)  # type: ignore[arg-type]
+            return _method_of(copy, method)(*args, **kwargs)
 
         return nnx_features
     stats = getattr(source, "batch_stats", None)
@@ -189,14 +189,17 @@ def backbone(
 
     Args:
       module: a linen or NNX module that maps inputs to features (n, d). Its layers are told the
-        mode: in linen by the keyword ``train``, if the method has it, in NNX by ``train()`` and
-        ``eval()``. It is not changed.
+        mode by the keyword ``train``, if the method has it, in NNX by ``train()`` and ``eval()``,
+        too. It is not changed. Dropout: in NNX, whose random streams are state.
       variables: for linen what ``module.init`` returned. "params" is trained; all other collections
         (running statistics of batch norm and spectral norm) are updated by the passes that train.
       method: the method that returns features; ``None`` for ``__call__``.
 
     Returns:
       The backbone, with the variables or the model's present values as initial values.
+
+    Raises:
+      TypeError: without the variables of linen, or if the method has another keyword for the mode.
 
     Examples:
       >>> import flax.linen as nn
@@ -209,15 +212,31 @@ def backbone(
       >>> net.apply(net.params, net.stats, x, train=True)[0].shape
       (4, 8)
     """
-    if isinstance(module, nnx.Module):
-        return _nnx_backbone(module, method or "__call__")
-    stats = dict(variables)
-    params = stats.pop("params")
     function = method if callable(method) else getattr(type(module), method or "__call__")
-    takes_train = "train" in inspect.signature(function).parameters
+    taken = inspect.signature(function).parameters
+    for name in ("training", "is_training", "deterministic", "use_running_average"):
+        # None leaves it to the layers.
+        if name in taken and taken[name].default is not None and "train" not in taken:
+            raise TypeError(
+                f"the method's keyword for the mode is {name}, which nobody would set: give the "
+                "module a method with the keyword train, and write backbone(..., method=...)."
+            )
+
+    def keywords_of(train: bool) -> dict[str, Any]:
+        return {"train": train} if "train" in taken else {}
+
+    if isinstance(module, nnx.Module):
+        return _nnx_backbone(module, method, keywords_of)
+    if not isinstance(variables, Mapping) or (variables and "params" not in variables):
+        raise TypeError(
+            "a linen module needs its variables, a dictionary with params in it: write "
+            "cfll.flax.backbone(module, module.init(key, inputs))."
+        )
+    stats = dict(variables)
+    params = stats.pop("params", {})
 
     def apply(params: Any, stats: Any, inputs: Any, *, train: bool) -> tuple[jax.Array, Any]:
-        keywords: dict[str, Any] = {"train": train} if takes_train else {}
+        keywords = keywords_of(train)
         both = {"params": params, **stats}
         if not train:
             return module.apply(both, inputs, method=method, **keywords), stats
@@ -229,7 +248,12 @@ def backbone(
     return Backbone(apply, params, stats)
 
 
-def _nnx_backbone(model: nnx.Module, method: Any) -> Backbone:
+def _method_of(model: nnx.Module, method: str | Callable[..., Any] | None) -> Callable[..., Any]:
+    """A method of a module, by name or as a function."""
+    return partial(method, model) if callable(method) else getattr(model, method or "__call__")
+
+
+def _nnx_backbone(model: nnx.Module, method: Any, keywords_of: Callable[..., Any]) -> Backbone:
     def split(module: nnx.Module) -> Any:
         return nnx.split(module, nnx.Param, ...)
 
@@ -241,7 +265,7 @@ def _nnx_backbone(model: nnx.Module, method: Any) -> Backbone:
             copy.train()
         else:
             copy.eval()
-        return getattr(copy, method)(inputs), split(copy)[2]
+        return _method_of(copy, method)(inputs, **keywords_of(train)), split(copy)[2]
 
     return Backbone(apply, params, stats)
 

@@ -166,6 +166,16 @@ def backbone_mask(params: Any, head: HeadPath) -> Any:
     return tree_map_with_path(lambda keys, _: _role(keys, path) is None, params)
 
 
+def check_gradients(updates: Any, params: Any) -> None:
+    """Refuse gradients of the backbone alone, which Optax does in words of trees."""
+    expected: Any = jax.tree.structure(params)
+    if params is not None and jax.tree.structure(updates) != expected:
+        raise TypeError(
+            "the gradients have another structure than the parameters: differentiate by all "
+            "parameters, the head's among them, or put jnp.zeros_like of these in their place."
+        )
+
+
 def as_plain(value: Any) -> Any:
     """What stands for an array, an ``nnx.Variable``, as that array; all else as it is."""
     return jnp.asarray(value) if hasattr(value, "__jax_array__") else value
@@ -270,3 +280,11 @@ def _not_found(params: Any, path: str, leaves: dict[str, Any]) -> str:
     if hasattr(params, "shape"):
         message += " For optax.flatten write cfll.closed_form(optax.flatten(...), rule)."
     return message
+
+
+def float_copy(leaf: Any) -> jax.Array:
+    """A copy, at least float32: aliasing a parameter would break buffer donation."""
+    dtype = widest_dtype(leaf)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jnp.zeros(leaf.shape, dtype)
+    return jnp.array(leaf, dtype, copy=True)

@@ -93,7 +93,7 @@ def parameters_of(start: Iterable[Any]) -> set[str]:
         elif isinstance(node, partial):
             waiting += [node.func, *node.args]
         elif inspect.ismethod(node):
-            waiting += [node.__func__, vars(node.__self__)]
+            waiting += [node.__func__, getattr(node.__self__, "__dict__", {})]
         elif inspect.isfunction(node):
             closed_over = inspect.getclosurevars(node).nonlocals
             names |= set(inspect.signature(node, follow_wrapped=False).parameters)

@@ -14,12 +14,9 @@ from cfll import samples
 from cfll.heads import LinearHead, as_plain, check_anchor, widest_dtype
 from cfll.moments import Centered, Moments, Pair, around, around_zero
 from cfll.solve import Route, SolveInfo
-from cfll.solve.cholesky import cho_solve, cholesky_with_rcond, dot, dot_over_rows
+from cfll.solve.cholesky import dot, dot_over_rows
 from cfll.solve.problem import add, as_penalty, bias_penalty_of, bordered_gram, check_penalty
-
-# Refinement needs the data. Below this rcond, in multiples of the machine epsilon, who has only
-# sums cannot solve by Cholesky.
-_SINGULAR = 1e2
+from cfll.solve.sums import factor, solve_spd
 
 
 class GramStats(NamedTuple):
@@ -295,47 +292,28 @@ def _solve(
     if bias_penalty is None:
         matrix = bordered_gram(stats.gram, None, stats.weight_sum, penalty, None)
         residual = stats.cross - dot(stats.gram, anchor.kernel)
-        correction, info = _solve_spd(matrix, jnp.diagonal(matrix), residual)
-        return add(anchor, LinearHead(correction)), info
-    # The bias is eliminated: what is left is the kernel's system, with the sums around the means.
+        size = jnp.diagonal(matrix)
+        lower, info = factor(matrix, size)
+        return add(anchor, LinearHead(solve_spd(lower, info, matrix, size, residual))), info
+    # The bias is eliminated: what is left is the kernel's system, with the sums around the means,
+    # (G + Lambda + c m m^T) k = r + c m gap. But c |m|^2 would cost G its digits, so this part is
+    # kept out (Sherman, Morrison): with (G + Lambda) (x, u) = (r, m) it is k = x + c u g, where
+    # g = (gap - m^T x) / (1 + c m^T u) is the mean residual at k, of which the bias takes a share.
+    # It is kept in only where G + Lambda is singular without it.
     d, one = len(stats.gram), jnp.ones((), dtype)
     weight = jnp.where(stats.weight_sum == 0, one, stats.weight_sum)
     means, _, products, _ = center(stats, weight)
     mean, gram = means[:, :d], products[:, :d]
     share = stats.weight_sum / (weight + bias_penalty)  # of the mean residual, what the bias takes
-    pull = share * bias_penalty * mean.T
-    matrix = bordered_gram(gram + dot(pull, mean), None, weight, penalty, None)
-    gap = means[:, d:] - anchor(mean)
-    residual = products[:, d:] - dot(gram, anchor.kernel) + dot(pull, gap)
+    matrix = bordered_gram(gram, None, weight, penalty, None)
     size = jnp.diagonal(matrix) + share_rounded(stats) * weight * jnp.square(mean[0])
-    kernel, info = _solve_spd(matrix, size, residual)
-    bias = share * (gap - dot(mean, kernel))[0]
-    return add(anchor, LinearHead(kernel, bias)), info
-
-
-def _solve_spd(matrix: jax.Array, size: jax.Array, rhs: jax.Array) -> tuple[jax.Array, SolveInfo]:
-    """The solution of matrix x = rhs, where entry (i, j) is rounded as sqrt(size_i size_j) is."""
-    lower, rcond = cholesky_with_rcond(jax.lax.stop_gradient(matrix))
-    rcond = rcond * jax.lax.stop_gradient(jnp.min(jnp.diagonal(matrix) / size))
-    singular = ~(rcond >= _SINGULAR * jnp.finfo(matrix.dtype).eps)
-
-    def apply_inverse(_: object, rhs: jax.Array) -> jax.Array:
-        return jax.lax.cond(
-            singular, lambda: _pseudo_solve(matrix, size, rhs), lambda: cho_solve(lower, rhs)
-        )
-
-    x = jax.lax.custom_linear_solve(partial(dot, matrix), rhs, apply_inverse, symmetric=True)
-    return x, SolveInfo(jnp.where(singular, Route.EIGH, Route.PRIMAL), rcond).as_arrays()
-
-
-def _pseudo_solve(matrix: jax.Array, size: jax.Array, rhs: jax.Array) -> jax.Array:
-    """The smallest solution of matrix x = rhs in the directions that rounding leaves standing."""
-    scale = jnp.sqrt(jnp.where(size == 0, jnp.ones((), size.dtype), size))
-    values, vectors = jnp.linalg.eigh(
-        jax.lax.stop_gradient(matrix / scale[:, None] / scale[None, :])
-    )
-    scale = jax.lax.stop_gradient(scale)
-    cut = 8 * matrix.shape[0] * jnp.finfo(matrix.dtype).eps
-    inverse = jnp.where(values > cut, 1 / values, jnp.where(jnp.isnan(values), values, 0))
-    rotated = dot(vectors.T, rhs / scale[:, None])
-    return dot(vectors, inverse[:, None] * rotated) / scale[:, None]
+    lower, info = factor(matrix, size)
+    c, zero = share * bias_penalty, jnp.zeros((), dtype)
+    inside, c = (jnp.where(info.route == Route.EIGH, *pair) for pair in ((c, zero), (zero, c)))
+    matrix, size = matrix + inside * dot(mean.T, mean), size + inside * jnp.square(mean[0])
+    gap = means[:, d:] - anchor(mean)
+    residual = products[:, d:] - dot(gram, anchor.kernel) + inside * dot(mean.T, gap)
+    both = solve_spd(lower, info, matrix, size, jnp.concatenate([residual, mean.T], axis=1))
+    x, u = both[:, :-1], both[:, -1:]
+    left = (gap - dot(mean, x)) / (one + c * dot(mean, u))
+    return add(anchor, LinearHead(x + c * u * left, share * left[0])), info

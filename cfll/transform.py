@@ -90,7 +90,7 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
         if _is_placeholder(params):  # optax.tree.map_params asks which fields are parameters: none
             anchor = LinearHead(jnp.zeros(()), jnp.zeros(()))
         else:
-            anchor = jax.tree.map(_float_copy, _find_head(params, head))
+            anchor = jax.tree.map(heads.float_copy, _find_head(params, head))
         return initial_state(rule, anchor, path)
 
     def update(
@@ -108,6 +108,7 @@ def closed_form_head(rule: Rule, head: HeadPath = "head") -> optax.GradientTrans
         _check_state(state, ClosedFormState)
         if params is None:
             raise ValueError(f"closed_form_head needs the parameters: {keywords.EXAMPLE}.")
+        heads.check_gradients(updates, params)
         old = _find_head(params, head)
         heads.check_same_head(state.anchor, old, f"the head at {head!r} in params")
         mask = heads.backbone_mask(params, head)
@@ -214,6 +215,7 @@ def closed_form(
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         _check_state(state, optax.MaskedState)
+        heads.check_gradients(updates, params)
         taken = keywords.taken(extra, named, own, params, mask)
         return masked.update(updates, state, params, **taken)
 
@@ -340,11 +342,3 @@ def _is_placeholder(params: Any) -> bool:
     return not isinstance(params, (dict, list, tuple)) and type(params).__name__.endswith(
         "Placeholder"
     )
-
-
-def _float_copy(leaf: Any) -> jax.Array:
-    """A copy, at least float32: aliasing a parameter would break buffer donation."""
-    dtype = heads.widest_dtype(leaf)
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jnp.zeros(leaf.shape, dtype)
-    return jnp.array(leaf, dtype, copy=True)

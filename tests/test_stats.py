@@ -238,6 +238,30 @@ def test_means_cost_no_digits_of_the_kernel(feature_mean, target_mean, sums_of, 
     assert info.rcond > 1e-2
 
 
+@pytest.mark.parametrize(("mean", "lam"), [(30, 10.0), (1e3, 10.0), (1e3, 100.0), (3e3, 1e3)])
+def test_a_penalized_bias_costs_no_digits_of_the_kernel(mean, lam):
+    features = (np.random.default_rng(1).normal(size=(1000, 16)) + mean).astype(np.float32)
+    kernel = np.random.default_rng(2).normal(size=(16, 1))
+    targets = ((features - np.float64(mean)) @ kernel + 5).astype(np.float32)
+    stats = cfll.GramStats.zeros(16, 1).add(features, targets)
+    head, info = stats.solve(cfll.LinearHead.zeros(16, 1), lam)
+    rows = np.vstack([np.hstack([features, np.ones((1000, 1))]), np.sqrt(lam) * np.eye(17)])
+    exact = np.linalg.lstsq(rows, np.vstack([targets, np.zeros((17, 1))]).astype(float))[0]
+    assert np.linalg.norm(head.kernel - exact[:16]) < 5e-6 * np.linalg.norm(exact[:16])
+    assert np.abs(head.bias - exact[16]) < 1e-5
+    assert info.rcond > 1e-2
+
+
+def test_a_constant_feature_without_a_penalty_takes_the_mean():
+    rng = np.random.default_rng(3)
+    features = np.hstack([rng.normal(size=(50, 2)), np.full((50, 1), 2.0)]).astype(np.float32)
+    targets = (features[:, :1] + 6).astype(np.float32)
+    stats = cfll.GramStats.zeros(3, 1).add(features, targets)
+    head = stats.ridge(jnp.array([1e-3, 1e-3, 0.0]))
+    np.testing.assert_allclose(head(features), targets, atol=1e-3)
+    np.testing.assert_allclose(head.bias, 0, atol=1e-3)
+
+
 def test_sums_without_remainders_are_sums():
     bare = cfll.GramStats(*SUMS.add(F, Y)[:-1])  # from elsewhere
     close(bare.merge(SUMS).ridge(0.5), cfll.ridge_solve(F, Y, 0.5))

@@ -512,6 +512,37 @@ def test_errors_contain_the_fix(run, error, words):
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_gradients_of_the_backbone_alone_are_refused(whole):
+    params = {"w": jnp.eye(3), "head": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}
+    rule = cfll.prox(1.0)
+    tx = cfll.closed_form(optax.sgd(0.1), rule) if whole else cfll.closed_form_head(rule)
+    state = tx.init(params)
+    keywords = {"features": jnp.ones((4, 3)), "targets": jnp.ones((4, 2))}
+    nothing = {"kernel": None, "bias": None}
+    for gradients in ({"w": jnp.eye(3)}, {"w": jnp.eye(3), "head": nothing}):
+        with pytest.raises(TypeError, match=r"differentiate by all parameters.*jnp\.zeros_like"):
+            tx.update(gradients, state, params, **keywords)
+
+
+class Slotted:
+    """An optimizer whose functions are methods of what has no dictionary."""
+
+    __slots__ = ()
+
+    def init(self, params):
+        return optax.EmptyState()
+
+    def update(self, updates, state, params=None):
+        return updates, state
+
+
+def test_an_optimizer_of_bound_methods_is_asked_for_its_keywords():
+    one = Slotted()
+    tx = cfll.closed_form(optax.GradientTransformation(one.init, one.update), cfll.prox(1.0))
+    assert cfll.get_state(tx.init({"head": {"kernel": jnp.zeros((3, 2))}})).lam == 1
+
+
 def test_keywords_dropped_on_the_way_are_named():
     inner = optax.MultiSteps(cfll.closed_form(optax.sgd(0.1), PROX), 2).gradient_transformation()
     with pytest.raises(TypeError, match="MultiSteps"):

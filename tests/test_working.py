@@ -336,6 +336,26 @@ def test_a_target_that_is_none_is_rejected_unless_its_weight_is_zero(name):
         chex.assert_trees_all_close(absent, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("junk", [30.0, 300.0, 3e3])
+@pytest.mark.parametrize("anchor", [0.0, 0.5])
+def test_a_row_of_weight_zero_may_have_an_infinite_loss(junk, anchor):
+    rule = cfll.poisson(1.0)
+    state = initial_state(rule, cfll.LinearHead(jnp.full((4, 2), anchor), jnp.zeros(2)))
+    x = 0.3 * jnp.asarray(X[:20], jnp.float32)
+    y = jnp.asarray(make_targets("poisson", np.random.default_rng(5), 20, 2), jnp.float32)
+    rows = jnp.concatenate([x, jnp.full((2, 4), junk)]), jnp.concatenate([y, jnp.zeros((2, 2))])
+    weights = jnp.r_[jnp.ones(20), jnp.zeros(2)]
+
+    def loss(x, y, weights, features):
+        x = x.at[:20].add(features)
+        return rule.loss(x, y, state, sample_weight=weights)
+
+    differentiated = jax.jit(jax.value_and_grad(loss, argnums=3, has_aux=True))
+    for_some = differentiated(*rows, weights, jnp.zeros_like(x))
+    for_all = differentiated(x, y, jnp.ones(20), jnp.zeros_like(x))
+    chex.assert_trees_all_close(for_some, for_all, rtol=1e-4, atol=1e-5)
+
+
 def test_a_loss_that_overflows_is_rejected():
     rule = cfll.poisson(1.0)
     state = initial_state(rule, cfll.LinearHead(jnp.full((4, 1), 1e3)))
@@ -381,6 +401,10 @@ def test_arguments_that_make_no_sense():
     with pytest.raises(ValueError, match=r"lam is negative \(smallest -1\)"):
         cfll.softmax(-1.0)
     rule = cfll.softmax(1.0)
+    one = initial_state(rule, cfll.LinearHead.zeros(4, 1))
+    with pytest.raises(ValueError, match=r"softmax of one output is 1.*cfll\.logistic"):
+        rule.loss(jnp.ones((5, 4)), jnp.ones((5, 1)), one)
+    assert cfll.softmax(1.0, steps=np.int64(2))
     with pytest.raises(ValueError, match=r"features and targets ask for \(4, 2\)"):
         rule.loss(
             jnp.ones((5, 4)), jnp.ones((5, 2)), initial_state(rule, cfll.LinearHead.zeros(4, 3))

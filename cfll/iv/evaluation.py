@@ -11,6 +11,7 @@ from cfll.iv.state import (
     IVBatch,
     IVState,
     Networks,
+    check_covariate,
     check_rows,
     check_state,
     instrument_features,
@@ -51,8 +52,21 @@ def predict(
     if networks.covariate is not None:
         check_rows("this call", treatment=treatment, covariate=covariate)
     psi = treatment_features(networks, state, treatment)
-    head = state.stage2.anchor if stage2 is None else stage2
+    head = head_of(state, stage2)
     return head(with_covariates(networks, state, psi, covariate))
+
+
+def head_of(state: IVState, stage2: Any) -> LinearHead:
+    """The current head of stage 2, or another one of the same features."""
+    if stage2 is None:
+        return state.stage2.anchor
+    d = state.stage2.anchor.kernel.shape[0]
+    if not isinstance(stage2, LinearHead) or stage2.kernel.shape[0] != d:
+        raise TypeError(
+            f"stage2 has to be a cfll.LinearHead of {d} features: write "
+            "stage2=cfll.iv.refit(...).stage2."
+        )
+    return stage2
 
 
 class Refitted(NamedTuple):
@@ -125,6 +139,8 @@ def _batches(name: str, data: Iterable[IVBatch]) -> Iterator[IVBatch]:
         raise TypeError(f"{name} is a batch: write [batch].")
     empty = True
     for batch in data:
+        if not isinstance(batch, IVBatch):
+            raise TypeError(f"{name} has a {type(batch).__name__}: write cfll.iv.IVBatch(...).")
         empty = False
         yield batch
     if empty:
@@ -142,6 +158,11 @@ def _append(rows: Samples, features: jax.Array, targets: jax.Array) -> Samples:
     """As many rows as before, with the same sums as these and the new ones: R of a QR."""
     m, dtype = rows.features.shape[1], rows.features.dtype
     features, targets = check_batch(features, targets, None)
+    if features.shape[1] > m or targets.shape[1] != rows.targets.shape[1]:
+        raise ValueError(
+            f"features of shape {features.shape} and targets of shape {targets.shape} do not fit "
+            f"the state's head, which has a kernel of {(m, rows.targets.shape[1])} with its bias."
+        )
     ones = jnp.ones((len(features), m - features.shape[1]), dtype)
     new = jnp.concatenate([features.astype(dtype), ones, targets.astype(dtype)], axis=1)
     old = jnp.concatenate(rows[:2], axis=1)
@@ -166,6 +187,7 @@ def with_covariates(
     networks: Networks, state: IVState, treatment_features: jax.Array, covariate: Any
 ) -> jax.Array:
     """What the head of stage 2 sees, all networks evaluated."""
+    check_covariate(networks, covariate)
     if networks.covariate is None:
         return treatment_features
     if covariate is None:

@@ -16,8 +16,10 @@ from cfll.iv.state import (
     IVState,
     NetState,
     Networks,
+    check_covariate,
     check_rows,
     features_shape,
+    given,
     instrument_features,
     outcome_of,
     products,
@@ -215,6 +217,7 @@ def _method(
 
     def init(batch: IVBatch) -> IVState:
         check_rows("batch", **batch._asdict())
+        check_covariate(networks, batch.covariate)
         treatment, instrument = networks.treatment, networks.instrument
         params, stats = (treatment.params, None), (treatment.stats, None)
         psi = features_shape(treatment, batch.treatment, "treatment")
@@ -238,7 +241,8 @@ def _method(
 
     def stage1_update(state, inputs, targets):
         def features_of(params):
-            return networks.instrument.apply(params, state.instrument.stats, inputs, train=True)
+            stats = state.instrument.stats
+            return networks.instrument.apply(params, stats, given(inputs, "instrument"), train=True)
 
         instrument, head, loss = update(
             rule1, optimizer1, features_of, state.instrument, state.stage1, targets
@@ -253,6 +257,7 @@ def _method(
     def stage2_step(state: IVState, batch1: IVBatch, batch2: IVBatch) -> tuple[IVState, jax.Array]:
         check_rows("batch1", **batch1._asdict())
         check_rows("batch2", **batch2._asdict())
+        check_covariate(networks, batch2.covariate)
         instrument1, instrument2 = (
             instrument_features(networks, state, batch.instrument) for batch in (batch1, batch2)
         )
@@ -260,13 +265,13 @@ def _method(
         def features_of(params):
             stats = state.treatment.stats
             treatment1, new = networks.treatment.apply(
-                params[0], stats[0], batch1.treatment, train=True
+                params[0], stats[0], given(batch1.treatment, "treatment"), train=True
             )
             predicted = inner(instrument1, treatment1, state.stage1.anchor)(instrument2)
             if networks.covariate is None:
                 return predicted, (new, None)
             covariate2, new2 = networks.covariate.apply(
-                params[1], stats[1], batch2.covariate, train=True
+                params[1], stats[1], given(batch2.covariate, "covariate"), train=True
             )
             return products(predicted, covariate2), (new, new2)
 

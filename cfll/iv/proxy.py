@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from cfll.heads import LinearHead
-from cfll.iv.evaluation import with_covariates
+from cfll.iv.evaluation import head_of, with_covariates
 from cfll.iv.state import (
     IVBatch,
     IVState,
@@ -136,7 +136,7 @@ def predict(
     if networks.covariate is None:
         raise ValueError("there is no treatment2: make the networks with cfll.iv.proxy.networks.")
     mean = jnp.mean(treatment_features(networks, state, outcome_proxy), axis=0, keepdims=True)
-    head = state.stage2.anchor if stage2 is None else stage2
+    head = head_of(state, stage2)
     return head(with_covariates(networks, state, mean, treatment))
 
 

@@ -108,13 +108,27 @@ def check_rows(owner: str, **fields: Any) -> None:
 
 def features_shape(backbone: Backbone, inputs: Any, name: str) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a backbone's features."""
-    if inputs is None:
-        raise ValueError(f"the batch has no {name}: write IVBatch(..., {name}=...).")
     features, _ = jax.eval_shape(
-        partial(backbone.apply, train=False), backbone.params, backbone.stats, inputs
+        partial(backbone.apply, train=False), backbone.params, backbone.stats, given(inputs, name)
     )
     check_feature_rows(features, name)
     return features
+
+
+def given(inputs: Any, name: str) -> Any:
+    """A field of a batch that has to be there."""
+    if inputs is None:
+        raise ValueError(f"the batch has no {name}: write IVBatch(..., {name}=...).")
+    return inputs
+
+
+def check_covariate(networks: Networks, covariate: Any) -> None:
+    """Refuse covariates that no network sees: f(x, c) without c is another function."""
+    if networks.covariate is None and covariate is not None:
+        raise TypeError(
+            "there is a covariate, but no network for it: write Networks(..., covariate=backbone), "
+            "or leave the covariate out."
+        )
 
 
 def check_feature_rows(features: Any, name: str) -> None:
@@ -164,12 +178,12 @@ def check_state(state: Any) -> None:
 def instrument_features(networks: Networks, state: IVState, instrument: Any) -> jax.Array:
     """phi(z), (n, d), evaluated."""
     check_state(state)
-    net, inputs = state.instrument, instrument
+    net, inputs = state.instrument, given(instrument, "instrument")
     return networks.instrument.apply(net.params, net.stats, inputs, train=False)[0]
 
 
 def treatment_features(networks: Networks, state: IVState, treatment: Any) -> jax.Array:
     """psi(x), (n, d), evaluated."""
     check_state(state)
-    net, inputs = state.treatment, treatment
+    net, inputs = state.treatment, given(treatment, "treatment")
     return networks.treatment.apply(net.params[0], net.stats[0], inputs, train=False)[0]

@@ -55,7 +55,8 @@ def adaptive_prox(
 
     One half of the batch is solved for by itself; with g the slope, by log lam, of the log error on
     the other half, m and v are running means of g + 0.01 and its square. The halves are the even
-    and odd samples of the *first* axis (functions, not their grid points), and take turns.
+    and odd samples of the *first* axis (functions, not their grid points) that have weight, and
+    take turns with every update that is counted.
 
     The first batch sets lam to the largest of twelve, from 300 to 7e-5 times the mean of
     :math:`\|\phi\|^2`, whose score is within 5 % of the least: there is no start to choose. The
@@ -132,7 +133,8 @@ def _descend(options: Any, axis_name: Any, batch: Any, head: Any) -> AdaptiveSta
     squares, count = shared(_squared_norms(batch))
     seen = (squares > 0) & jnp.isfinite(squares)
     norm = jnp.where(seen, squares / jnp.where(count > 0, count, 1), 1)
-    halves = _half(batch, count_of_updates % 2), _half(batch, 1 - count_of_updates % 2)
+    turn = count_of_updates % 2
+    halves = _half(batch, turn), _half(batch, 1 - turn)
 
     def validate(lam: jax.Array) -> Any:
         return shared(_validate(*halves, anchor, lam, options))
@@ -166,14 +168,20 @@ def _descend(options: Any, axis_name: Any, batch: Any, head: Any) -> AdaptiveSta
 
 
 def _half(batch: Any, k: jax.Array) -> Any:
-    """The even or the odd samples."""
+    """The even or the odd samples; of those with weight, if there are weights."""
 
     def choose(array: jax.Array) -> jax.Array:
         # Pairs, so that devices keep the samples that they have.
         pairs = array[: len(array) // 2 * 2].reshape(-1, 2, *array.shape[1:])
         return jax.lax.dynamic_index_in_dim(pairs, k, axis=1, keepdims=False)
 
-    return jax.tree.map(choose, batch)
+    *_, weights = batch
+    if weights is None:
+        return jax.tree.map(choose, batch)
+    # Every other sample may be without: one half would be empty.
+    absent = jnp.all(jnp.asarray(weights == 0).reshape(len(weights), -1), axis=1)
+    chosen = choose(jnp.argsort(absent, stable=True))
+    return jax.tree.map(lambda array: array[chosen], batch)
 
 
 def _validate(

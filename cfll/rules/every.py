@@ -1,6 +1,7 @@
 """every: solve at every k-th update only."""
 
 from functools import wraps
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,11 @@ def every(update_interval: int, rule: Rule) -> Rule:
       >>> import cfll
       >>> rule = every(4, cfll.prox(lam=10.0))
     """
-    if not (type(update_interval) is int and update_interval > 0):
+    if not (
+        isinstance(update_interval, Integral)
+        and type(update_interval) is not bool
+        and update_interval > 0
+    ):
         raise ValueError(f"update_interval is {update_interval!r}; write a whole number, e.g. 4.")
 
     @wraps(rule.solve)  # so that its keywords are known

@@ -24,6 +24,7 @@ A constant c is a penalty of lam / c, 4 lam or 8 lam; the other two have a matri
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -155,7 +156,7 @@ def huber(
 
 
 def _rule(loss: Loss, lam: Penalty, steps: int, penalize_bias: bool, solver: str | CG) -> Rule:
-    if not (type(steps) is int and steps > 0):
+    if not (isinstance(steps, Integral) and type(steps) is not bool and steps > 0):
         raise ValueError(f"steps is {steps!r}; write a positive whole number, e.g. 1.")
     lam = as_plain(lam)  # an nnx.Variable is callable, but no schedule
     if not callable(lam):
@@ -164,6 +165,11 @@ def _rule(loss: Loss, lam: Penalty, steps: int, penalize_bias: bool, solver: str
     def prepare(features, targets, state, sample_weight, penalty) -> Any:
         """Problem, and targets (n, o) and anchor, in one dtype."""
         features, targets = samples.check_batch(features, targets, sample_weight)
+        if loss is SOFTMAX and targets.shape[-1] == 1:
+            raise ValueError(
+                "the softmax of one output is 1, whatever it is. Write one-hot targets and a head "
+                "of as many outputs, jax.nn.one_hot(labels, num_classes), or cfll.logistic."
+            )
         has_bias, d = state.anchor.bias is not None, features.shape[-1]
         check_anchor(state.anchor, d, targets.shape[-1])
         check_penalty("lam", penalty, d, features.size // d, has_bias and not penalize_bias)
@@ -227,8 +233,9 @@ def _descend(options: Any, problem: Problem, batch: Any) -> tuple[LinearHead, So
 
 def _step(options: Any, problem: Problem, batch: Any, head: LinearHead, _: Any) -> Any:
     """Least squares on the working targets at a head, and how far to go there."""
-    (targets, anchor), outputs = batch, head(problem.features)
     loss, _, penalize_bias, solver = options
+    targets, anchor = batch
+    outputs = _seen(loss, problem, targets, head(problem.features))
     slope = jax.grad(lambda z: jnp.sum(loss.value(z, targets)))(outputs)
     c, penalty, weights = loss.curvature, problem.penalty, problem.weights
     if callable(c):
@@ -251,9 +258,18 @@ def _step(options: Any, problem: Problem, batch: Any, head: LinearHead, _: Any) 
     return at(jnp.where(jnp.any(jnp.isfinite(losses)), best, jnp.nan)), info
 
 
+def _seen(loss: Loss, problem: Problem, targets: jax.Array, outputs: jax.Array) -> jax.Array:
+    """The outputs, zero where a row of weight zero has an infinite loss: 0 e^z would be NaN."""
+    if problem.weights is None:
+        return outputs
+    absent = (problem.weights == 0).reshape(-1, 1) & ~jnp.isfinite(loss.value(outputs, targets))
+    return jnp.where(absent, jnp.zeros_like(outputs), outputs)
+
+
 def _penalized(loss, problem, batch, head, outputs) -> jax.Array:
     """What the rule minimizes, divided by the number of samples."""
     targets, anchor = batch
+    outputs = _seen(loss, problem, targets, outputs)
     step, total = jax.tree.map(jnp.subtract, head, anchor), problem.total()
     distance = jax.tree.map(lambda x, y: jnp.sum(x * y), step, problem.penalize(step))
     summed = jnp.sum(problem.weigh(loss.value(outputs, targets))) + sum(jax.tree.leaves(distance))
