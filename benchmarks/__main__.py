@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import tyro
 
     from benchmarks.experiments import discover
-    from benchmarks.reporting.results import results
+    from benchmarks.report import results
 
     commands = {one.name: one.run for one in discover()}
     try:

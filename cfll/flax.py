@@ -212,8 +212,10 @@ def backbone(
       >>> net.apply(net.params, net.stats, x, train=True)[0].shape
       (4, 8)
     """
-    function = method if callable(method) else getattr(type(module), method or "__call__")
-    taken = inspect.signature(function).parameters
+    is_nnx = isinstance(module, nnx.Module)
+    function = _method_of(module if is_nnx else type(module), method)
+    fixed = getattr(method, "keywords", {})  # of a functools.partial
+    taken = {k: v for k, v in inspect.signature(function).parameters.items() if k not in fixed}
     for name in ("training", "is_training", "deterministic", "use_running_average"):
         # None leaves it to the layers.
         if name in taken and taken[name].default is not None and "train" not in taken:
@@ -225,9 +227,10 @@ def backbone(
     def keywords_of(train: bool) -> dict[str, Any]:
         return {"train": train} if "train" in taken else {}
 
-    if isinstance(module, nnx.Module):
+    if is_nnx:
         return _nnx_backbone(module, method, keywords_of)
-    if not isinstance(variables, Mapping) or (variables and "params" not in variables):
+    collections = {"params", "batch_stats"}
+    if not isinstance(variables, Mapping) or (variables and not collections & set(variables)):
         raise TypeError(
             "a linen module needs its variables, a dictionary with params in it: write "
             "cfll.flax.backbone(module, module.init(key, inputs))."
@@ -248,9 +251,11 @@ def backbone(
     return Backbone(apply, params, stats)
 
 
-def _method_of(model: nnx.Module, method: str | Callable[..., Any] | None) -> Callable[..., Any]:
-    """A method of a module, by name or as a function."""
-    return partial(method, model) if callable(method) else getattr(model, method or "__call__")
+def _method_of(module: Any, method: str | Callable[..., Any] | None) -> Callable[..., Any]:
+    """A method of a module or of its class, by name or as a function, bound or not."""
+    if callable(method):
+        return partial(getattr(method, "__func__", method), module)
+    return getattr(module, method or "__call__")
 
 
 def _nnx_backbone(model: nnx.Module, method: Any, keywords_of: Callable[..., Any]) -> Backbone:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from cfll import samples
 from cfll.heads import LinearHead, as_plain, check_anchor, widest_dtype
 from cfll.moments import Centered, Moments, Pair, around, around_zero
-from cfll.solve import Route, SolveInfo
-from cfll.solve.cholesky import dot, dot_over_rows
+from cfll.solve import SolveInfo
+from cfll.solve.cholesky import cho_solve, dot, dot_over_rows
 from cfll.solve.problem import add, as_penalty, bias_penalty_of, bordered_gram, check_penalty
 from cfll.solve.sums import factor, solve_spd
 
@@ -293,13 +293,14 @@ def _solve(
         matrix = bordered_gram(stats.gram, None, stats.weight_sum, penalty, None)
         residual = stats.cross - dot(stats.gram, anchor.kernel)
         size = jnp.diagonal(matrix)
-        lower, info = factor(matrix, size)
-        return add(anchor, LinearHead(solve_spd(lower, info, matrix, size, residual))), info
+        lower, singular, info = factor(matrix, size)
+        return add(anchor, LinearHead(solve_spd(lower, singular, matrix, size, residual))), info
     # The bias is eliminated: what is left is the kernel's system, with the sums around the means,
     # (G + Lambda + c m m^T) k = r + c m gap. But c |m|^2 would cost G its digits, so this part is
     # kept out (Sherman, Morrison): with (G + Lambda) (x, u) = (r, m) it is k = x + c u g, where
     # g = (gap - m^T x) / (1 + c m^T u) is the mean residual at k, of which the bias takes a share.
-    # It is kept in only where G + Lambda is singular without it.
+    # It is kept in only where G + Lambda is singular without it. Where the bias is held fast, x is
+    # far from k and their difference has lost digits: a step of refinement, of k and g, finds them.
     d, one = len(stats.gram), jnp.ones((), dtype)
     weight = jnp.where(stats.weight_sum == 0, one, stats.weight_sum)
     means, _, products, _ = center(stats, weight)
@@ -307,13 +308,22 @@ def _solve(
     share = stats.weight_sum / (weight + bias_penalty)  # of the mean residual, what the bias takes
     matrix = bordered_gram(gram, None, weight, penalty, None)
     size = jnp.diagonal(matrix) + share_rounded(stats) * weight * jnp.square(mean[0])
-    lower, info = factor(matrix, size)
+    lower, singular, info = factor(matrix, size)
     c, zero = share * bias_penalty, jnp.zeros((), dtype)
-    inside, c = (jnp.where(info.route == Route.EIGH, *pair) for pair in ((c, zero), (zero, c)))
+    inside, c = (jnp.where(singular, *pair) for pair in ((c, zero), (zero, c)))
     matrix, size = matrix + inside * dot(mean.T, mean), size + inside * jnp.square(mean[0])
     gap = means[:, d:] - anchor(mean)
     residual = products[:, d:] - dot(gram, anchor.kernel) + inside * dot(mean.T, gap)
-    both = solve_spd(lower, info, matrix, size, jnp.concatenate([residual, mean.T], axis=1))
+    both = solve_spd(lower, singular, matrix, size, jnp.concatenate([residual, mean.T], axis=1))
     x, u = both[:, :-1], both[:, -1:]
-    left = (gap - dot(mean, x)) / (one + c * dot(mean, u))
-    return add(anchor, LinearHead(x + c * u * left, share * left[0])), info
+
+    def joined(x: jax.Array, gap: jax.Array) -> tuple[jax.Array, jax.Array]:
+        left = (gap - dot(mean, x)) / (one + c * dot(mean, u))
+        return x + c * u * left, left
+
+    kernel, left = joined(x, gap)
+    missed = residual - dot(matrix, kernel) + c * mean.T * left
+    solvable = jnp.where(singular, jnp.eye(d, dtype=dtype), lower)
+    steps = joined(cho_solve(solvable, missed), gap - dot(mean, kernel) - left)
+    step, change = (jnp.where(singular, zero, step) for step in steps)
+    return add(anchor, LinearHead(kernel + step, share * (left + change)[0])), info

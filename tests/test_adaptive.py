@@ -202,10 +202,10 @@ def test_a_half_without_samples_leaves_lam_as_it_is(present):
 def test_samples_of_weight_zero_are_in_neither_half():
     (x,), (y,) = batches_of(1, 12, 3, 2)
     step_of = jax.jit(partial(step, RULE))
-    for there in (np.arange(12) % 2 == 0, np.arange(12) % 3 > 0):
+    for there in (np.arange(12) % 2 == 0, np.arange(12) % 3 > 0, np.arange(12) % 5 > 0):
         alone = together = state_of(3, 2)
         for _ in range(4):
-            together = step_of(together, x, y, np.asarray(there, np.float32))
+            together = step_of(together, x, y, there)  # booleans are weights, too
             alone = step_of(alone, x[there], y[there], np.ones(there.sum(), np.float32))
         assert alone.rule_state.mean_square > 0
         chex.assert_trees_all_close(together[:3], alone[:3], rtol=2e-5)

@@ -1,5 +1,7 @@
 """cfll.iv and its backbones where something is missing or does not fit: errors name the fix."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -98,6 +100,8 @@ def test_a_mode_that_nobody_would_set_is_refused():
         cfll.flax.backbone(NnxNormed()),
         cfll.flax.backbone(NnxNormed(), method="features"),
         cfll.flax.backbone(NnxNormed(), method=NnxNormed.features),
+        cfll.flax.backbone(NnxNormed(), method=NnxNormed().features),
+        cfll.flax.backbone(NnxNormed(), method="norm"),
     ):
         features, stats = net.apply(net.params, net.stats, X, train=True)
         np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-5)
@@ -109,11 +113,21 @@ def test_a_mode_that_nobody_would_set_is_refused():
         np.testing.assert_allclose(features, X, rtol=1e-4)
 
 
+def test_a_mode_that_is_set_stays():
+    variables = Normed().init(jax.random.key(0), X)
+    frozen = functools.partial(Normed.trained, training=False)
+    net = cfll.flax.backbone(Normed(), variables, method=frozen)
+    features, _ = net.apply(net.params, net.stats, X, train=True)
+    np.testing.assert_allclose(features, X, rtol=1e-4)
+
+
 def test_a_linen_module_needs_its_variables():
     variables = nn.Dense(4).init(jax.random.key(0), X)
     for bad in (None, variables["params"]):
         with pytest.raises(TypeError, match=r"write cfll\.flax\.backbone\(module, module\.init"):
             cfll.flax.backbone(nn.Dense(4), bad)
+    bare = nn.BatchNorm(True, use_scale=False, use_bias=False)
+    assert cfll.flax.backbone(bare, bare.init(jax.random.key(0), X)).params == {}
     fixed = cfll.flax.backbone(nn.Sequential([jnp.sin]), {})
     np.testing.assert_allclose(fixed.apply({}, {}, X, train=True)[0], jnp.sin(X))
 

@@ -238,17 +238,28 @@ def test_means_cost_no_digits_of_the_kernel(feature_mean, target_mean, sums_of, 
     assert info.rcond > 1e-2
 
 
-@pytest.mark.parametrize(("mean", "lam"), [(30, 10.0), (1e3, 10.0), (1e3, 100.0), (3e3, 1e3)])
-def test_a_penalized_bias_costs_no_digits_of_the_kernel(mean, lam):
-    features = (np.random.default_rng(1).normal(size=(1000, 16)) + mean).astype(np.float32)
-    kernel = np.random.default_rng(2).normal(size=(16, 1))
+@pytest.mark.parametrize(
+    ("d", "mean", "spread", "lam"),
+    [
+        (16, 30, 1, 10.0),
+        (16, 1e3, 1, 10.0),
+        (16, 1e3, 1, 100.0),
+        (16, 3e3, 1, 1e3),
+        (1, 30, 0.01, 0.01),
+        (1, 1e3, 0.1, 0.01),
+    ],
+)
+def test_a_penalized_bias_costs_no_digits_of_the_kernel(d, mean, spread, lam):
+    noise = spread * np.random.default_rng(1).normal(size=(1000, d))
+    features = (noise + mean).astype(np.float32)
+    kernel = np.random.default_rng(2).normal(size=(d, 1)) / spread
     targets = ((features - np.float64(mean)) @ kernel + 5).astype(np.float32)
-    stats = cfll.GramStats.zeros(16, 1).add(features, targets)
-    head, info = stats.solve(cfll.LinearHead.zeros(16, 1), lam)
-    rows = np.vstack([np.hstack([features, np.ones((1000, 1))]), np.sqrt(lam) * np.eye(17)])
-    exact = np.linalg.lstsq(rows, np.vstack([targets, np.zeros((17, 1))]).astype(float))[0]
-    assert np.linalg.norm(head.kernel - exact[:16]) < 5e-6 * np.linalg.norm(exact[:16])
-    assert np.abs(head.bias - exact[16]) < 1e-5
+    stats = cfll.GramStats.zeros(d, 1).add(features, targets)
+    head, info = stats.solve(cfll.LinearHead.zeros(d, 1), lam)
+    rows = np.vstack([np.hstack([features, np.ones((1000, 1))]), np.sqrt(lam) * np.eye(d + 1)])
+    exact = np.linalg.lstsq(rows, np.vstack([targets, np.zeros((d + 1, 1))]).astype(float))[0]
+    assert np.linalg.norm(head.kernel - exact[:d]) < 5e-6 * np.linalg.norm(exact[:d])
+    assert np.abs(head.bias - exact[d]) < 1e-5
     assert info.rcond > 1e-2
 
 

@@ -62,10 +62,10 @@ def sample(num_samples: int, seed: int, rho: float = 0.5) -> Train:
     price = 25 + (cost + 3) * psi(t) + price_noise
     sales_noise = rho * price_noise + np.sqrt(1 - rho**2) * other_noise
     return Train(
-        treatment=_columns(price),
-        covariate=_columns(t, s),
-        instrument=_columns(cost, t, s),
-        outcome=_columns(structural(price, t, s) + sales_noise),
+        treatment=as_columns(price),
+        covariate=as_columns(t, s),
+        instrument=as_columns(cost, t, s),
+        outcome=as_columns(structural(price, t, s) + sales_noise),
     )
 
 
@@ -78,7 +78,7 @@ def make_demand(num_train: int, seed: int, rho: float = 0.5) -> DemandData:
         np.linspace(10, 25, 20), np.linspace(0, 10, 20), np.arange(1, 8), indexing="ij"
     )
     p, t, s = (axis.reshape(-1) for axis in axes)
-    grid = Grid(_columns(p), _columns(t, s), _columns(structural(p, t, s)))
+    grid = Grid(as_columns(p), as_columns(t, s), as_columns(structural(p, t, s)))
     order = np.random.default_rng(0).permutation(len(p))
     validation, test = (
         Grid(*(values[part] for values in grid)) for part in np.split(order, [NUM_VALIDATION])
@@ -86,5 +86,6 @@ def make_demand(num_train: int, seed: int, rho: float = 0.5) -> DemandData:
     return DemandData(sample(num_train, seed, rho), validation, test)
 
 
-def _columns(*columns: np.ndarray) -> np.ndarray:
+def as_columns(*columns: np.ndarray) -> np.ndarray:
+    """Vectors (n,) as a matrix (n, k), float32."""
     return np.stack(columns, axis=1).astype(np.float32)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.data import dsprites
-from benchmarks.data.demand import psi
+from benchmarks.data.demand import as_columns, psi
 
 PRICES = np.linspace(10, 30, 10)
 TRUTH_SEED, TRUTH_DRAWS = 42, 10_000  # as published, so that errors are of the same truth
@@ -108,8 +108,8 @@ def make_demand(num_train: int, seed: int) -> ProxyData:
     price = 35 + (cost1 + 3) * psi(d) + cost2 + noise[2]
     views = _views(d, noise[3])
     sales = _sales(price, views, d) + noise[4]
-    train = Train(_columns(price), _columns(cost1, cost2), _columns(views), _columns(sales))
-    return ProxyData(train, Grid(_columns(PRICES), _columns(_mean_sales())))
+    train = Train(as_columns(price), as_columns(cost1, cost2), as_columns(views), as_columns(sales))
+    return ProxyData(train, Grid(as_columns(PRICES), as_columns(_mean_sales())))
 
 
 def _views(d: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -160,7 +160,3 @@ def standardize(data: ProxyData) -> Standardized:
     train = Train(*map(scaled, data.train, Train._fields))
     grid = Grid(scaled(data.test.treatment, "treatment"), scaled(data.test.structural, "outcome"))
     return Standardized(ProxyData(train, grid), float(scales.outcome[0]))
-
-
-def _columns(*columns: np.ndarray) -> np.ndarray:
-    return np.stack(columns, axis=1).astype(np.float32)

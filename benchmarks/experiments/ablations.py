@@ -36,7 +36,7 @@ def all_variants() -> list[Method]:
 def pairs_of(order: str) -> list[Pair]:
     """What is claimed of two methods."""
     base = Method("SGD", PROXIMAL, order)
-    bias = f"A bias makes no difference, {order}: the intervals overlap (F.1)."
+    bias = f"A bias makes no difference, {order}: the two are level (F.1)."
     adam = f"Adam is worse than SGD, {order} (F.3)."
     return [
         Pair(bias, base, base._replace(use_bias=False), level),

@@ -72,7 +72,7 @@ def pairs_of(smallest: int, largest: int) -> list[Pair]:
             (smallest,),
         ),
         Pair(
-            "Ridge matches proximal for large batch sizes: the intervals overlap (Section 6).",
+            "Ridge matches proximal for large batch sizes: the two are level (Section 6).",
             sgd,
             ridge,
             level,

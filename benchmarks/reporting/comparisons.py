@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.core.comparison import Outcome
 from benchmarks.core.methods import Method
 from benchmarks.reporting import plots
-from benchmarks.reporting.intervals import half_interval
+from benchmarks.reporting.intervals import all_of, are_level, half_interval, is_below
 from benchmarks.reporting.summary import Claim, Table
 
 
@@ -88,7 +88,7 @@ class Pair(NamedTuple):
     sentence: str  # what is claimed
     one: Method  # the method said to be better (or level)
     other: Method  # the method it is compared with
-    better: Callable[[Outcome, Outcome], bool]  # decides for one batch size
+    better: Callable[[Outcome, Outcome], bool | None]  # decides for one batch size; None: level
     batch_sizes: Sequence[int] | None = None  # where it is claimed; `None`: everywhere
 
 
@@ -108,33 +108,36 @@ def decide(
 def compared(
     sentence: str,
     pairs: Mapping[str, tuple[Outcome, Outcome]],
-    better: Callable[[Outcome, Outcome], bool],
+    better: Callable[[Outcome, Outcome], bool | None],
     digits: str,
 ) -> Claim:
-    """A claim about two outcomes at every one of some places; not decided if there are none."""
+    """A claim about two outcomes at every one of some places.
+
+    One place where it is wrong refutes it; one where the two are level leaves it undecided.
+    """
     verdicts = {place: better(*pair) for place, pair in pairs.items()}
+    words = {True: "", False: " (no)", None: " (level)"}
     evidence = (
         f"{place}: {left.final.mean():{digits}} against {right.final.mean():{digits}}"
-        f"{'' if verdicts[place] else ' (no)'}"
+        f"{words[verdicts[place]]}"
         for place, (left, right) in pairs.items()
     )
-    return Claim(sentence, all(verdicts.values()) if pairs else None, "; ".join(evidence))
+    return Claim(sentence, all_of(verdicts.values()), "; ".join(evidence))
 
 
-def lower(left: Outcome, right: Outcome) -> bool:
-    """Whether the mean of the left is smaller."""
-    return bool(left.final.mean() < right.final.mean())
+def lower(left: Outcome, right: Outcome) -> bool | None:
+    """Whether the mean of the left is smaller; None if they are level."""
+    return is_below(left.final, right.final)
 
 
-def higher(left: Outcome, right: Outcome) -> bool:
-    """Whether the mean of the left is larger."""
-    return bool(left.final.mean() > right.final.mean())
+def higher(left: Outcome, right: Outcome) -> bool | None:
+    """Whether the mean of the left is larger; None if they are level."""
+    return is_below(right.final, left.final)
 
 
 def level(left: Outcome, right: Outcome) -> bool:
-    """Whether the 95 % intervals of the means overlap."""
-    apart = abs(left.final.mean() - right.final.mean())
-    return bool(apart <= half_interval(left.final) + half_interval(right.final))
+    """Whether the 95 % interval of the difference contains zero."""
+    return are_level(left.final, right.final)
 
 
 def mean_and_interval(values: np.ndarray, digits: str) -> str:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.core.optimizers import cosine_decay
 from benchmarks.core.problem import network
 from benchmarks.data.ope import (
     Starts,
@@ -138,8 +139,8 @@ def run_dfiv(
         outcome=train.reward,
     )
     options: dict[str, Any] = {
-        "treatment_optimizer": optax.adam(cosine(rate, size.rounds)),
-        "instrument_optimizer": optax.adam(cosine(rate, size.rounds * size.stage1_steps)),
+        "treatment_optimizer": optax.adam(cosine_decay(rate, size.rounds)),
+        "instrument_optimizer": optax.adam(cosine_decay(rate, size.rounds * size.stage1_steps)),
         "stage1_steps": size.stage1_steps,
         "use_bias": False,
     }
@@ -182,7 +183,7 @@ def run_fqe(
     """Regress r + gamma Q(s', a') of a target network on (s, a); value and kernel loss."""
     psi = networks_of(size, discount, problem).treatment
     num_steps = 2 * size.rounds * (size.stage1_steps + 1)
-    tx = optax.adam(cosine(rate, num_steps))
+    tx = optax.adam(cosine_decay(rate, num_steps))
 
     def features(params: Any, pairs: Any) -> jax.Array:
         return psi.apply(params["psi"], None, ended(pairs), train=True)[0]
@@ -226,11 +227,6 @@ def known_head(
         change = change - discount * probability * features(later)
     reward = jnp.asarray(problem.train.reward[: size.num_known])
     return ridge_solve(change, reward, size.refit_beta * len(reward), use_bias=False)
-
-
-def cosine(rate: Any, num_steps: int) -> Callable[[Any], Any]:
-    """A rate, which may be traced, that falls to zero."""
-    return lambda count: rate * (1 + jnp.cos(jnp.pi * count / num_steps)) / 2
 
 
 def judge(value: Callable[[Any], jax.Array], discount: float, problem: Problem) -> jax.Array:

@@ -22,7 +22,7 @@ def load() -> Data:
 
 
 def make_problem() -> Problem:
-    """Prediction as a `Problem`; errors in units of the coordinates' variance, summed over them."""
+    """Prediction as a `Problem`; errors in units of the coordinates' variance, a mean over them."""
     return Problem(
         settings={"experiment": "lorenz", "data": lorenz.DEFAULTS._asdict(), "model": repr(MODEL)},
         epochs=lambda batch_size: EPOCHS,

@@ -121,14 +121,15 @@ def refit(
     for batch in _batches("stage1_data", stage1_data):
         check_rows("a batch of stage1_data", **batch._asdict())
         phi = instrument_features(networks, state, batch.instrument)
-        rows = _append(rows, phi, treatment_features(networks, state, batch.treatment))
+        psi = treatment_features(networks, state, batch.treatment)
+        rows = _append(rows, state.stage1.anchor, phi, psi)
     stage1, stage1_info = _ridge(rows, state.stage1.anchor, beta, penalize_bias)
     rows = _no_rows(state.stage2.anchor)
     for batch in _batches("stage2_data", stage2_data):
         check_rows("a batch of stage2_data", **batch._asdict())
         psi = stage1(instrument_features(networks, state, batch.instrument))
         features = with_covariates(networks, state, psi, batch.covariate)
-        rows = _append(rows, features, outcome_of(batch))
+        rows = _append(rows, state.stage2.anchor, features, outcome_of(batch))
     stage2, stage2_info = _ridge(rows, state.stage2.anchor, beta, penalize_bias)
     return Refitted(stage1, stage2, stage1_info, stage2_info)
 
@@ -154,14 +155,14 @@ def _no_rows(head: LinearHead) -> Samples:
     return Samples(zeros[:, :m], zeros[:, m:], None)
 
 
-def _append(rows: Samples, features: jax.Array, targets: jax.Array) -> Samples:
+def _append(rows: Samples, like: LinearHead, features: jax.Array, targets: jax.Array) -> Samples:
     """As many rows as before, with the same sums as these and the new ones: R of a QR."""
     m, dtype = rows.features.shape[1], rows.features.dtype
     features, targets = check_batch(features, targets, None)
-    if features.shape[1] > m or targets.shape[1] != rows.targets.shape[1]:
+    if (features.shape[1], targets.shape[1]) != like.kernel.shape:
         raise ValueError(
             f"features of shape {features.shape} and targets of shape {targets.shape} do not fit "
-            f"the state's head, which has a kernel of {(m, rows.targets.shape[1])} with its bias."
+            f"the state's head, which has a kernel of shape {like.kernel.shape}."
         )
     ones = jnp.ones((len(features), m - features.shape[1]), dtype)
     new = jnp.concatenate([features.astype(dtype), ones, targets.astype(dtype)], axis=1)

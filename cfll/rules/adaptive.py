@@ -175,13 +175,17 @@ def _half(batch: Any, k: jax.Array) -> Any:
         pairs = array[: len(array) // 2 * 2].reshape(-1, 2, *array.shape[1:])
         return jax.lax.dynamic_index_in_dim(pairs, k, axis=1, keepdims=False)
 
-    *_, weights = batch
+    features, targets, weights = batch
     if weights is None:
         return jax.tree.map(choose, batch)
-    # Every other sample may be without: one half would be empty.
-    absent = jnp.all(jnp.asarray(weights == 0).reshape(len(weights), -1), axis=1)
-    chosen = choose(jnp.argsort(absent, stable=True))
-    return jax.tree.map(lambda array: array[chosen], batch)
+    # Every other sample may be without, which would leave one half empty. So that no sample leaves
+    # its device all of them stay, with a weight of zero in one half.
+    weights = jnp.asarray(weights)
+    present = ~jnp.all(jnp.logical_not(weights).reshape(len(weights), -1), axis=1)
+    count = jnp.cumsum(present, dtype=k.dtype)
+    chosen = present & (count % 2 != k) & (count <= count[-1] // 2 * 2)
+    chosen = chosen.reshape(-1, *(1,) * (weights.ndim - 1))
+    return features, targets, jnp.where(chosen, weights, jnp.zeros_like(weights))
 
 
 def _validate(

@@ -13,22 +13,22 @@ from cfll.solve.route import Route, SolveInfo
 _SINGULAR = 1e2
 
 
-def factor(matrix: jax.Array, size: jax.Array) -> tuple[jax.Array, SolveInfo]:
-    """The Cholesky factor, where entry (i, j) is rounded as sqrt(size_i size_j) is."""
+def factor(matrix: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array, SolveInfo]:
+    """The Cholesky factor, where entry (i, j) is rounded as sqrt(size_i size_j) is; is it none?"""
     matrix, size = jax.lax.stop_gradient((matrix, size))
     lower, rcond = cholesky_with_rcond(matrix)
     rcond = rcond * jnp.min(jnp.diagonal(matrix) / size)
     singular = ~(rcond >= _SINGULAR * jnp.finfo(matrix.dtype).eps)
-    return lower, SolveInfo(jnp.where(singular, Route.EIGH, Route.PRIMAL), rcond).as_arrays()
+    info = SolveInfo(jnp.where(singular, Route.EIGH, Route.PRIMAL), rcond)
+    return lower, singular, info.as_arrays()
 
 
 def solve_spd(
-    lower: jax.Array, info: SolveInfo, matrix: jax.Array, size: jax.Array, rhs: jax.Array
+    lower: jax.Array, singular: jax.Array, matrix: jax.Array, size: jax.Array, rhs: jax.Array
 ) -> jax.Array:
     """The solution of matrix x = rhs; `lower` is its factor, unless it is singular."""
 
     def apply_inverse(_: object, rhs: jax.Array) -> jax.Array:
-        singular = info.route == Route.EIGH
         return jax.lax.cond(
             singular, lambda: _pseudo_solve(matrix, size, rhs), lambda: cho_solve(lower, rhs)
         )

@@ -99,7 +99,6 @@ class Best(NamedTuple):
     refitted: np.ndarray
     current: np.ndarray
     refitted_on_sum: np.ndarray
-    seconds_per_round: float
 
     def last(self, name: str) -> np.ndarray:
         """The last errors, one per seed: means over the last measurements; see `window_of`."""
@@ -185,7 +184,6 @@ class Runs:
             curves("test_refitted"),
             curves("test_current"),
             curves("test_refitted_on_sum"),
-            float(np.median([record["seconds_per_round"] for record in records])),
         )
 
     def run(self, config: Config) -> Record:

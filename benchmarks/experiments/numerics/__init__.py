@@ -47,7 +47,7 @@ def summarize(records: Records, figures: Path, preset: str) -> Summary:
             "as networks have them, anchor at zero. Data are rounded to the dtype, so that in "
             "float32 condition numbers above 1e8 end there. References are exact: the normal "
             "equations in integers. The condition number of the penalized system, of which the "
-            "README speaks, is the square of that of the features where there is no penalty, and "
+            "guide speaks, is the square of that of the features where there is no penalty, and "
             "at most one over the relative penalty where there is one. The problems without bias "
             "are in the claims only."
         ),

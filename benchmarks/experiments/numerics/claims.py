@@ -1,4 +1,4 @@
-"""The README's promises, and what `auto` is for."""
+"""The promises of the guide `diagnostics`, and what `auto` is for."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from benchmarks.experiments.numerics.problems import SPECTRUM
 from benchmarks.experiments.numerics.tables import shown, worst
 from benchmarks.reporting.summary import Claim
 
-# What README.md promises for float32.
+# What the guide promises for float32.
 HEAD_PROMISE, PREDICTIONS_PROMISE = 1e-4, 1e-3
 # Up to this condition number of the penalized system. Prescribed as 1e4, it comes out as 10001:
 # (1 + p) / p for a penalty of p = 1e-4 of the largest eigenvalue.
@@ -43,7 +43,7 @@ def _beside(first: Sequence[Solved], second: Sequence[Solved]) -> list[tuple[Sol
 
 
 def claims_of(solved: Sequence[Solved]) -> list[Claim]:
-    """The README's promises, and what `auto` is for."""
+    """The promises of the guide `diagnostics`, and what `auto` is for."""
     by_solver = {name: [one for one in solved if one.solver == name] for name in SOLVERS}
     auto = by_solver["auto"]
 
@@ -94,7 +94,7 @@ def claims_of(solved: Sequence[Solved]) -> list[Claim]:
     return [
         claim(
             "float32: `auto` has a relative error of the head of at most 1e-4 for condition "
-            "numbers up to 1e4 of the penalized system (README).",
+            "numbers up to 1e4 of the penalized system (guide).",
             worst(promised["auto"])[0] <= HEAD_PROMISE,
             f"largest errors: {heads}, in {len(promised['auto'])} problems; the dual only with a "
             "penalty, and NaN where that is small (its own matrix has another condition number); "
@@ -103,7 +103,7 @@ def claims_of(solved: Sequence[Solved]) -> list[Claim]:
         ),
         claim(
             "float32: on dead, repeated, collinear and badly scaled features for which Cholesky "
-            "fails, predictions of `auto` stay within 1e-3 (README).",
+            "fails, predictions of `auto` stay within 1e-3 (guide).",
             worst(structured)[1] <= PREDICTIONS_PROMISE,
             f"largest error {_largest(structured, 'predictions')}, in {len(structured)} problems",
             structured,
@@ -143,7 +143,7 @@ def claims_of(solved: Sequence[Solved]) -> list[Claim]:
         ),
         claim(
             "float32: `auto` is never both ten times worse than `qr` and outside of the bounds of "
-            "the README, 1e-4 of the head and 1e-3 of predictions.",
+            "the guide, 1e-4 of the head and 1e-3 of predictions.",
             not behind,
             f"{len(behind)} of {num_single} problems are; largest error of "
             f"predictions there {_largest(behind, 'predictions')}",

@@ -85,7 +85,7 @@ def page(parts: Iterable[Part]) -> Summary:
         command="python -m benchmarks rules --task <task>",
         setup=TASKS
         + "`cfll.prox(lam)` and `cfll.adaptive_prox()`, in the order of Eq. (17), against "
-        "gradient heads whose rate is 1e-4 to 1e3 times the backbone's, started at zero or as "
+        "gradient heads whose rate is 1e-6 to 1e3 times the backbone's, started at zero or as "
         "LeCun; with a squared loss, and for classes with cross entropy, too, against "
         f"`cfll.softmax(lam)`. {tuner.JOINTLY.words}; the best on five seeds. All rates decay "
         "on a cosine. Times per step are measured in turn.",

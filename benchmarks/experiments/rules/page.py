@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+from benchmarks.core import tuner
 from benchmarks.core.comparison import Outcome
 from benchmarks.core.methods import TWO_TIMESCALE
 from benchmarks.core.problem import Problem
@@ -63,19 +64,20 @@ def task_table(task: Task, problem: Problem, found: Found, seconds: Mapping[Row,
 
     def cell(row: Row, outcome: Outcome) -> str:
         text = mean_and_interval(outcome.final, digits_of(task))
-        baseline = found.get(row._replace(head=GRADIENT_HEAD))
+        cross_entropy = row.head in (CROSS_ENTROPY, SOFTMAX_HEAD)
+        head = CROSS_ENTROPY if cross_entropy else GRADIENT_HEAD
+        baseline = found.get(row._replace(head=head))
         if row not in seconds or baseline is None:
             return text
         text += f"; {1e3 * seconds[row]:.1f} ms"
-        if outcome is baseline:
-            return text + f", {seconds[row] * outcome.steps[-1]:.1f} s"
         curve, level = sign * outcome.test.mean(axis=0), sign * baseline.test[:, -1].mean()
         steps = first_at_or_below(outcome.steps, curve, level)
         return text + (", never" if steps is None else f", {seconds[row] * steps:.1f} s")
 
     caption = (
         f"test {problem.metric}, mean ± half the 95 % interval; milliseconds per step; "
-        "seconds of training until the test curve is as good as the gradient head's at its end."
+        "seconds of training, compilation excluded, until the test curve is first as good as the "
+        "gradient head's at its end (cross entropy's, for it and softmax)."
     )
     return table_of(task, found, caption, cell)
 
@@ -86,9 +88,14 @@ def tuned_table(task: Task, found: Found) -> Table:
     def cell(row: Row, outcome: Outcome) -> str:
         strength = "" if outcome.strength is None else f", {outcome.strength:g}"
         lecun = outcome.method.head == TWO_TIMESCALE and outcome.method.init is None
-        return f"{outcome.rate:g}{strength}{', LeCun' if lecun else ''}"
+        axes = tuner.JOINTLY.axes(outcome.method.strength)
+        chosen = zip((outcome.rate, outcome.strength), axes, strict=False)
+        at_end = " (end)" if any(value in (axis[0], axis[-1]) for value, axis in chosen) else ""
+        return f"{outcome.rate:g}{strength}{', LeCun' if lecun else ''}{at_end}"
 
-    caption = "best rate, and ratio or lam; a gradient head starts at zero or LeCun's."
+    caption = (
+        "best rate, and ratio or lam; a gradient head starts at zero or LeCun's. End: of its grid."
+    )
     return table_of(task, found, caption, cell)
 
 
@@ -162,6 +169,8 @@ def glance_rows(task: Task, found: Found) -> list[tuple[str, ...]]:
     compared: dict[str, tuple[tuple[str, str], ...]] = {}
     compared["lam fixed / self-tuned"] = ((FIXED, GRADIENT_HEAD), (TUNED, GRADIENT_HEAD))
     if task in CLASSIFIERS:
+        against = "lam fixed / self-tuned, against cross entropy"
+        compared[against] = ((FIXED, CROSS_ENTROPY), (TUNED, CROSS_ENTROPY))
         compared["softmax, lam fixed"] = ((SOFTMAX_HEAD, CROSS_ENTROPY),)
 
     def change(row: Row, other: str) -> str:
@@ -192,5 +201,6 @@ def glance_rows(task: Task, found: Found) -> list[tuple[str, ...]]:
 GLANCE = (
     "Regression: test error, as a share of that of the best gradient head of any ratio. "
     "Classification: test accuracy minus that of the best gradient head, squared loss against "
-    "squared loss and softmax against cross entropy. Level: the 95 % intervals of the two overlap."
+    "squared loss where nothing else is said, softmax against cross entropy. Level: the 95 % "
+    "interval of the difference contains zero (Welch's test)."
 )

@@ -146,7 +146,7 @@ def seconds_of(comparison: Comparison, found: Found) -> dict[Row, float]:
 
         def measure(rows: list[Row] = rows) -> dict[str, list[float]]:
             steps = {
-                row.head: training_step(comparison, config_of(found[row]), num_steps=1000)
+                row.head: training_step(comparison, first_config(found[row]), num_steps=1000)
                 for row in rows
             }
             return {"seconds": [float(np.median(s)) for s in interleaved(steps, 30).values()]}
@@ -158,6 +158,6 @@ def seconds_of(comparison: Comparison, found: Found) -> dict[Row, float]:
     return seconds
 
 
-def config_of(outcome: Outcome) -> Config:
+def first_config(outcome: Outcome) -> Config:
     """The first of an outcome's runs."""
     return Config(outcome.method, outcome.batch_size, outcome.rate, outcome.strength, seed=0)
