@@ -10,7 +10,7 @@ from benchmarks.core.records import Records
 from benchmarks.data import dsprites
 from benchmarks.data import proxy as data
 from benchmarks.experiments import proxy
-from benchmarks.reporting import results
+from benchmarks.report import results
 from tests.interrupted import stop_and_resume
 
 
@@ -90,7 +90,7 @@ class TestCommand:
         assert [len(table.rows) for table in found.tables] == [8, 4]
         assert len(found.claims) == 8
         assert path.read_text().splitlines() == lines
-        results.results(runs=tmp_path, out=tmp_path)
+        results(runs=tmp_path, out=tmp_path)
         assert "proxy --design demand --preset cpu" in (tmp_path / "RESULTS.md").read_text()
 
     def test_networks_of_dsprites_fit_their_data(self):
