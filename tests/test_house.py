@@ -4,11 +4,14 @@ import ast
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from benchmarks import __main__, experiments
 from benchmarks.core.records import Records
 from benchmarks.report import results
+from benchmarks.reporting import intervals
 
 HOME = Path(__file__).parents[1] / "benchmarks"
 TOY = Path(__file__).parent / "toy_experiment.py"
@@ -89,3 +92,27 @@ def test_every_command_explains_its_options(name, capsys):
 def test_sections_have_places_of_their_own():
     found = experiments.discover()
     assert len({one.place for one in found}) == len(found)
+
+
+def test_level_is_what_the_interval_of_the_difference_says():
+    rng = np.random.default_rng(0)
+    verdicts = set()
+    for apart in np.linspace(-3, 3, 25):
+        left, right = rng.normal(size=5), apart + rng.normal(scale=2, size=4)
+        # Welch's interval of the difference, by its formulas.
+        parts = [np.var(values, ddof=1) / len(values) for values in (left, right)]
+        degrees = sum(parts) ** 2 / (parts[0] ** 2 / 4 + parts[1] ** 2 / 3)
+        reach = stats.t.ppf(0.975, degrees) * np.sqrt(sum(parts))
+        difference = left.mean() - right.mean()
+        expected = None if abs(difference) <= reach else bool(difference < 0)
+        assert intervals.is_below(left, right) is expected
+        verdicts.add(expected)
+    assert verdicts == {None, True, False}
+    assert intervals.is_below(np.ones(3), np.ones(3)) is False
+    assert intervals.is_below(np.ones(3), np.full(3, np.inf)) is True
+    assert [intervals.all_of(v) for v in ([True, None], [None, False], [True], [])] == [
+        None,
+        False,
+        True,
+        None,
+    ]

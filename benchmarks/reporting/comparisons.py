@@ -115,14 +115,23 @@ def compared(
 
     One place where it is wrong refutes it; one where the two are level leaves it undecided.
     """
-    verdicts = {place: better(*pair) for place, pair in pairs.items()}
+    finals = {place: (left.final, right.final) for place, (left, right) in pairs.items()}
+    return judged(sentence, finals, [better(*pair) for pair in pairs.values()], digits)
+
+
+def judged(
+    sentence: str,
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    verdicts: Sequence[bool | None],
+    digits: str,
+) -> Claim:
+    """A claim about two numbers, one per seed, at every one of some places, and its verdicts."""
     words = {True: "", False: " (no)", None: " (level)"}
     evidence = (
-        f"{place}: {left.final.mean():{digits}} against {right.final.mean():{digits}}"
-        f"{words[verdicts[place]]}"
-        for place, (left, right) in pairs.items()
+        f"{place}: {left.mean():{digits}} against {right.mean():{digits}}{words[verdict]}"
+        for (place, (left, right)), verdict in zip(pairs.items(), verdicts, strict=True)
     )
-    return Claim(sentence, all_of(verdicts.values()), "; ".join(evidence))
+    return Claim(sentence, all_of(verdicts), "; ".join(evidence))
 
 
 def lower(left: Outcome, right: Outcome) -> bool | None:

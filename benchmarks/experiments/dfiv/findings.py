@@ -24,8 +24,8 @@ from benchmarks.experiments.dfiv.runs import (
 )
 from benchmarks.experiments.dfiv.stage2 import PUBLISHED
 from benchmarks.reporting import plots
-from benchmarks.reporting.comparisons import mean_and_interval
-from benchmarks.reporting.intervals import all_of, is_below
+from benchmarks.reporting.comparisons import judged, mean_and_interval
+from benchmarks.reporting.intervals import is_below
 from benchmarks.reporting.summary import Claim, Summary, Table, tabulate
 from benchmarks.tasks.dfiv import Design, Size
 
@@ -186,14 +186,8 @@ def better(
     found: Found, sentence: str, method: str, at: list[int], heads: str, other: str = ORIGINAL
 ) -> Claim:
     """Whether a method has lower mean errors than another at some batch sizes."""
-    errors = {b: [found[m, b].last(heads) for m in (method, other)] for b in at}
-    verdicts = {b: is_below(*pair) for b, pair in errors.items()}
-    words = {True: "", False: " (no)", None: " (level)"}
-    evidence = (
-        f"B = {b}: {ours.mean():.3g} against {theirs.mean():.3g}{words[verdicts[b]]}"
-        for b, (ours, theirs) in errors.items()
-    )
-    return Claim(sentence, all_of(verdicts.values()), "; ".join(evidence))
+    errors = {f"B = {b}": (found[method, b].last(heads), found[other, b].last(heads)) for b in at}
+    return judged(sentence, errors, [is_below(*pair) for pair in errors.values()], ".3g")
 
 
 def cost_claim(name: str, other: str, times: dict[int, Record]) -> Claim:

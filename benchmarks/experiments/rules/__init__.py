@@ -3,9 +3,9 @@
 Every row is tuned jointly with the same budget.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from benchmarks.core import tuner
 from benchmarks.core.comparison import Comparison
@@ -15,6 +15,7 @@ from benchmarks.experiments import Experiment
 from benchmarks.experiments.rules.page import (
     GLANCE,
     claims_of,
+    cost_table,
     glance_rows,
     started_part,
     task_table,
@@ -23,6 +24,7 @@ from benchmarks.experiments.rules.page import (
 from benchmarks.experiments.rules.rows import (
     BATCH_SIZES,
     OPTIMIZERS,
+    Row,
     Task,
     compare,
     heads_of,
@@ -51,7 +53,15 @@ REASONS = (
     "environment it takes 1.2 times as long."
 )
 RUNS_PER_ROW = 26  # about; what the progress bar expects
-Part = tuple[list[Table], list[Claim], list[tuple[str, ...]]]
+
+
+class Part(NamedTuple):
+    """What is found of a task."""
+
+    tables: list[Table]
+    claims: list[Claim]
+    glance: list[tuple[str, ...]]  # its lines of the table for a decision
+    seconds: Mapping[Row, float]  # of a step
 
 
 def part_of(
@@ -59,12 +69,13 @@ def part_of(
 ) -> Part | None:
     """What is found of a task; nothing if there is nothing."""
     found = compare(comparison, task, batch_sizes, optimizers)
-    numbers = task_table(task, comparison.problem, found, seconds_of(comparison, found))
+    seconds = seconds_of(comparison, found)
+    numbers = task_table(task, comparison.problem, found, seconds)
     if not found:
         return None
     tables, claims = started_part(task, found, started(comparison, found))
     tables = [numbers, tuned_table(task, found), *tables]
-    return tables, claims_of(task, found) + claims, glance_rows(task, found)
+    return Part(tables, claims_of(task, found) + claims, glance_rows(task, found), seconds)
 
 
 def summarize(records: Records, figures: Path, preset: str) -> Summary:
@@ -93,11 +104,12 @@ def page(parts: Iterable[Part]) -> Summary:
             Table(
                 GLANCE,
                 ("task", "B", "head", *OPTIMIZERS),
-                tuple(row for *_, rows in listed for row in rows),
+                tuple(row for part in listed for row in part.glance),
             ),
-            *(table for part in listed for table in part[0]),
+            cost_table([part.seconds for part in listed]),
+            *(table for part in listed for table in part.tables),
         ],
-        claims=[claim for part in listed for claim in part[1]],
+        claims=[claim for part in listed for claim in part.claims],
         reasons=REASONS,
         figures=[],
     )

@@ -1,6 +1,8 @@
 """What is said of the cells: numbers, hyperparameters, claims, and all tasks at a glance."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from benchmarks.core import tuner
 from benchmarks.core.comparison import Outcome
@@ -196,6 +198,36 @@ def glance_rows(task: Task, found: Found) -> list[tuple[str, ...]]:
             if any(cells):
                 rows.append((task, str(batch_size), name, *cells))
     return rows
+
+
+# In milliseconds of a step with a gradient head: from, below.
+STEPS = ((0, 3), (3, 10), (10, 1000))
+
+
+def cost_table(seconds: Sequence[Mapping[Row, float]]) -> Table:
+    """What a head in closed form adds to a step, over all that were timed in turn."""
+    cases = [
+        [rows[row._replace(head=head)] for head in (GRADIENT_HEAD, FIXED, TUNED)]
+        for rows in seconds
+        for row in rows
+        if row.head == TUNED
+    ]
+    lines = []
+    for least, most in STEPS:
+        times = [case for case in cases if least <= 1e3 * case[0] < most]
+        if times:
+            gradient, fixed, tuned = np.array(times).T
+            ratios = (
+                f"{np.median(ratio):.2f} ({ratio.max():.2f})"
+                for ratio in (fixed / gradient, tuned / fixed)
+            )
+            lines.append((f"{least} to {most} ms", str(len(times)), *ratios))
+    return Table(
+        "Time of a step, by that of the gradient head: medians (largest) of ratios over tasks, "
+        "optimizers and batch sizes.",
+        ("gradient head", "cases", "fixed / gradient", "self-tuned / fixed"),
+        tuple(lines),
+    )
 
 
 GLANCE = (
